@@ -1,0 +1,1 @@
+"""Benchmarks of fxckpt against its peers: `python bench/compare.py --help`."""

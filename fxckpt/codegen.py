@@ -1,0 +1,38 @@
+"""Code generation for the two graphs: boxed arguments, and comments that name the regions."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch.fx import Graph, GraphModule
+from torch.fx.graph import PythonCode, _BoxedCodeGen
+
+_ASSIGNMENT = re.compile(r"\s+(\w+)\s*(?::[^=]+)?=\s")
+
+
+class AnnotatedCodeGen(_BoxedCodeGen):
+    """Generates a function of one list, which it empties so that nothing outlives its last use.
+
+    A node with `meta["region"]` starts a run of lines under that text as a comment.
+    """
+
+    def _gen_python_code(self, nodes: Any, *args: Any, **kwargs: Any) -> PythonCode:
+        regions = {node.name: node.meta.get("region", "") for node in nodes}
+        code = super()._gen_python_code(nodes, *args, **kwargs)
+        lines, current = [], ""
+        for line in code.src.split("\n"):
+            match = _ASSIGNMENT.match(line)
+            region = regions.get(match[1], current) if match else current
+            if region != current and region:
+                lines.append(f"    # {region}")
+            current = region
+            lines.append(line)
+        code.src, code._lineno_map = "\n".join(lines), None
+        return code
+
+
+def graph_module(graph: Graph, name: str) -> GraphModule:
+    """A module that runs `graph` with boxed arguments."""
+    graph.set_codegen(AnnotatedCodeGen())
+    return GraphModule({}, graph, class_name=name)

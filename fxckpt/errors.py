@@ -1,0 +1,51 @@
+"""The exceptions and warnings of fxckpt.
+
+    FxckptError
+    ├── CaptureError    the graph of a model could not be captured exactly
+    ├── PolicyError     a policy or selector means nothing for this model
+    ├── BudgetError     no plan fits the memory budget
+    └── MismatchError   `verify` found a value that differs from eager
+
+    FallbackWarning     a unit runs eagerly, unrewritten; says why and what to do
+
+Every message says what was called, what was expected, what came, and what to do.
+"""
+
+from __future__ import annotations
+
+
+class FxckptError(Exception):
+    """Base of all exceptions that fxckpt raises on its own account."""
+
+
+class CaptureError(FxckptError):
+    """The model does something that a captured graph cannot reproduce exactly.
+
+    Attributes:
+        reason: What the model did, in one sentence.
+        path: Module path where it happened (`""` is the root).
+        source: The user's source line, `"file.py:12"`, or `""` if unknown.
+        hint: What the user can do about it.
+    """
+
+    def __init__(self, reason: str, *, path: str = "", source: str = "", hint: str = "") -> None:
+        self.reason, self.path, self.source, self.hint = reason, path, source, hint
+        where = f" in module {path!r}" if path else ""
+        at = f" at {source}" if source else ""
+        super().__init__(f"{reason}{where}{at}.{' ' + hint if hint else ''}")
+
+
+class PolicyError(FxckptError, ValueError):
+    """A policy, selector or plan does not make sense for the model it was given."""
+
+
+class BudgetError(FxckptError, ValueError):
+    """No plan fits the memory budget."""
+
+
+class MismatchError(FxckptError, AssertionError):
+    """`fxckpt.verify` found a value that differs between eager and rewritten."""
+
+
+class FallbackWarning(UserWarning):
+    """A unit could not be captured and runs eagerly: exact, but without saving memory."""

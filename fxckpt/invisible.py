@@ -1,0 +1,128 @@
+"""What hides a capture from the captured program, and checks that the program stays in its bounds."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.modules import module as nn_module
+from torch.utils._python_dispatch import _disable_current_modes
+
+from fxckpt.errors import CaptureError
+
+# Functions of libraries that ask whether a tensor is fake, in order to take another branch.
+_FAKE_CHECKS = (("transformers.utils.import_utils", "is_fake_tensor"),)
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@contextlib.contextmanager
+def no_fake_tensors_seen() -> Iterator[None]:
+    """Library checks for fake tensors answer no, as they would in eager mode."""
+    with contextlib.ExitStack() as stack:
+        for module, name in _FAKE_CHECKS:
+            if hasattr(sys.modules.get(module), name):
+                stack.enter_context(mock.patch(f"{module}.{name}", lambda _: False))
+        yield
+
+
+@contextlib.contextmanager
+def unchanged_random_states() -> Iterator[None]:
+    """Restores all random number generators, and refuses a program that advanced one of them.
+
+    Raises:
+        CaptureError: if the program drew random numbers outside of recorded operations.
+    """
+    before = _random_states()
+    try:
+        yield
+        names = [n for n, a, b in zip(_GENERATORS, before, _random_states(), strict=True) if a != b]
+        if names:
+            raise CaptureError(
+                f"forward draws random numbers from {' and '.join(names)}",
+                hint="Use torch operations for random numbers that steer a model.",
+            )
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])  # noqa: NPY002
+        torch.random.default_generator.set_state(torch.frombuffer(bytearray(before[2]), dtype=torch.uint8))
+
+
+_GENERATORS = ("`random`", "`numpy.random`", "the default torch generator")
+
+
+def _random_states() -> tuple[object, ...]:
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002
+    torch_state = bytes(torch.random.default_generator.get_state().numpy())
+    return random.getstate(), (name, tuple(keys.tolist()), *rest), torch_state
+
+
+@contextlib.contextmanager
+def fresh_autocast_cache() -> Iterator[None]:
+    """Autocast's cache of cast weights holds no real tensors before, and no fake ones after."""
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
+
+
+@contextlib.contextmanager
+def outside_of_modes() -> Iterator[None]:
+    """Runs real computations in the middle of a capture."""
+    with _disable_current_modes():
+        yield
+
+
+def refuse_hooks(root: nn.Module) -> None:
+    """Raises if a hook of a submodule would run during capture and never again.
+
+    Hooks of the root itself run around the captured forward, as always; those of `torch.nn.utils`
+    (weight norm and the like) only compute, and are captured.
+
+    Raises:
+        CaptureError: naming the hook.
+    """
+    for path, m in root.named_modules():
+        for kind in _HOOKS:
+            for hook in getattr(m, kind).values():
+                owner = getattr(type(hook), "__module__", "")
+                if path and not owner.startswith("torch.nn.utils"):
+                    name = getattr(hook, "__qualname__", type(hook).__name__)
+                    raise CaptureError(f"a hook is registered ({name} in {kind})", path=path)
+    if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
+        raise CaptureError("a hook is registered for all modules")
+
+
+@contextlib.contextmanager
+def module_calls(
+    enter: Callable[[nn.Module], None], leave: Callable[[], None]
+) -> Iterator[None]:
+    """Calls `enter(module)` and `leave()` around each call of a module in this thread."""
+    thread = threading.get_ident()
+
+    def before(m: nn.Module, _: Any) -> None:
+        if threading.get_ident() == thread:
+            enter(m)
+
+    def after(*_: Any) -> None:
+        if threading.get_ident() == thread:
+            leave()
+
+    handles = (
+        nn_module.register_module_forward_pre_hook(before),
+        nn_module.register_module_forward_hook(after, always_call=True),
+    )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

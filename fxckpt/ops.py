@@ -1,0 +1,268 @@
+"""Facts about ATen operations, and the one operation that we add: `inplace`.
+
+Everything that the library knows about a particular operation stands here, in tables. Whether an
+operation returns a view is not in a table: `capture` sees it from the storages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from operator import getitem
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+from torch.fx import Node
+
+aten = torch.ops.aten
+
+# Operations that change an argument without saying so in their schema: the running statistics
+# (positions) are updated if the argument at `training` is true. Without them the operation returns
+# the same values, which is how it is recomputed without counting a batch twice.
+_HIDDEN_STATISTICS: dict[str, tuple[tuple[int, ...], int]] = {
+    "aten::native_batch_norm": ((3, 4), 5),
+    "aten::cudnn_batch_norm": ((3, 4), 5),
+    "aten::miopen_batch_norm": ((3, 4), 5),
+}
+
+# Tagged random in torch, but random only if this argument (position, name) is greater than zero.
+_DROPOUT_ARGUMENT: dict[str, tuple[int, str]] = {
+    "aten::_scaled_dot_product_flash_attention": (3, "dropout_p"),
+    "aten::_scaled_dot_product_flash_attention_for_cpu": (3, "dropout_p"),
+    "aten::_scaled_dot_product_efficient_attention": (5, "dropout_p"),
+    "aten::_scaled_dot_product_cudnn_attention": (5, "dropout_p"),
+    "aten::_scaled_dot_product_fused_attention_overrideable": (4, "dropout_p"),
+    "aten::_flash_attention_forward": (7, "dropout_p"),
+    "aten::_efficient_attention_forward": (8, "dropout_p"),
+    "aten::_scaled_dot_product_attention_math": (4, "dropout_p"),
+    "aten::native_dropout": (1, "p"),
+    "aten::_cudnn_rnn": (10, "dropout"),
+    "aten::miopen_rnn": (10, "dropout"),
+}
+
+# What JAX calls dots, plus what is built from them: the operations whose cost grows faster than
+# their output, so that saving them is usually the best use of memory.
+_MATRIX_LIKE = frozenset(
+    f"aten::{name}"
+    for name in (
+        "mm addmm bmm baddbmm addbmm mv addmv dot vdot matmul linear bilinear _trilinear einsum "
+        "convolution _convolution convolution_overrideable cudnn_convolution "
+        "mkldnn_convolution cudnn_convolution_transpose _grouped_mm _scaled_mm "
+        "_scaled_grouped_mm mkldnn_rnn_layer _cudnn_rnn _thnn_fused_lstm_cell "
+        "_scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu "
+        "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention "
+        "_scaled_dot_product_fused_attention_overrideable _scaled_dot_product_attention_math "
+        "_flash_attention_forward _efficient_attention_forward _native_multi_head_attention"
+    ).split()
+)
+
+_ATTENTION = frozenset(
+    name for name in _MATRIX_LIKE if "attention" in name and "multi_head" not in name
+)
+
+_NORMS = frozenset(
+    f"aten::{name}"
+    for name in (
+        "native_layer_norm native_group_norm native_batch_norm cudnn_batch_norm "
+        "miopen_batch_norm _batch_norm_with_update _native_batch_norm_legit rms_norm "
+        "_fused_rms_norm"
+    ).split()
+)
+
+
+def schema_name(target: Any) -> str:
+    """`"aten::mm"` for `aten.mm.default`; the empty string for anything else."""
+    return target._schema.name if isinstance(target, OpOverload) else ""
+
+
+def operation(node: Node) -> Any:
+    """The operation that a node runs: the mutating one if the node is an `inplace`."""
+    return node.args[0] if node.target is inplace else node.target
+
+
+def op_arguments(node: Node) -> tuple[Any, ...]:
+    """The positional arguments of `operation(node)`."""
+    return node.args[2:] if node.target is inplace else node.args
+
+
+def is_matrix_like(target: Any) -> bool:
+    """Whether an operation is a matrix product, convolution, recurrent layer or attention."""
+    return schema_name(target) in _MATRIX_LIKE
+
+
+def is_attention(target: Any) -> bool:
+    """Whether an operation is a whole attention product (softmax included)."""
+    return schema_name(target) in _ATTENTION
+
+
+def is_norm(target: Any) -> bool:
+    """Whether an operation is a normalisation layer in one piece."""
+    return schema_name(target) in _NORMS
+
+
+def is_random(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a call draws from a random generator, for these arguments."""
+    if not isinstance(target, OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
+        return False
+    where = _DROPOUT_ARGUMENT.get(schema_name(target))
+    if where is None:
+        return True
+    probability = _argument(target, where, args, kwargs)
+    trained = _argument(target, (2, "train"), args, kwargs) if where == (1, "p") else True
+    return bool(probability) and trained is not False
+
+
+def node_is_random(node: Node) -> bool:
+    """Whether a graph node draws from a random generator."""
+    return is_random(operation(node), op_arguments(node), node.kwargs)
+
+
+def node_device(node: Node) -> torch.device:
+    """The device that a graph node computes on."""
+    val = node.meta["val"]
+    return (val if isinstance(val, torch.Tensor) else val[0]).device
+
+
+def _argument(
+    target: OpOverload, where: tuple[int, str], args: Sequence[Any], kwargs: dict[str, Any]
+) -> Any:
+    position, name = where
+    if position < len(args):
+        return args[position]
+    default = next((a.default_value for a in target._schema.arguments if a.name == name), None)
+    return kwargs.get(name, default)
+
+
+def mutated_arguments(
+    target: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]
+) -> Iterator[int | str]:
+    """Positions and names of the arguments that a call writes to."""
+    hidden = _HIDDEN_STATISTICS.get(target._schema.name)
+    if hidden is not None and args[hidden[1]]:
+        yield from (i for i in hidden[0] if args[i] is not None)
+    if not target._schema.is_mutable:
+        return
+    for i, argument in enumerate(target._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            if i < len(args):
+                yield i
+            elif argument.name in kwargs:
+                yield argument.name
+
+
+def is_new_statistic(node: Node) -> bool:
+    """Whether a value is an updated running statistic, which is computed once, in forward."""
+    if node.target is not getitem:
+        return False
+    parent, index = node.args
+    return without_statistics(parent) is not None and index >= _fresh_count(parent)
+
+
+def without_statistics(node: Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
+    """Target and arguments of an operation without its running statistics, if it updates any."""
+    if node.target is not inplace or node.args[0]._schema.name not in _HIDDEN_STATISTICS:
+        return None
+    positions, _ = _HIDDEN_STATISTICS[node.args[0]._schema.name]
+    args = tuple(None if i in positions else a for i, a in enumerate(op_arguments(node)))
+    return node.args[0], args, dict(node.kwargs)
+
+
+def _fresh_count(node: Node) -> int:
+    """How many results of an `inplace` node stand before the new contents of its arguments."""
+    return len(node.meta["val"]) - len(node.args[1])
+
+
+def clone_exactly(x: torch.Tensor) -> torch.Tensor:
+    """A copy with the same strides, holes included, so that kernels take the same path on it."""
+    extent = sum((n - 1) * s for n, s in zip(x.size(), x.stride(), strict=True)) + 1
+    if x.numel() == 0:
+        return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=x.device)
+    flat = torch.as_strided(x, (extent,), (1,)).clone()
+    return torch.as_strided(flat, x.size(), x.stride(), 0)
+
+
+View = tuple[tuple[int, ...], tuple[int, ...], int]  # size, stride, offset within the base
+Plan = Sequence[tuple[int | str, View | None]]  # the mutated arguments of an `inplace`
+
+
+def inplace(
+    op: OpOverload, mutated: Plan, *args: Any, **kwargs: Any
+) -> Any:
+    """A mutating operation as a pure function: runs `op` on copies, returns them.
+
+    `mutated` lists the arguments that `op` writes to, each with the view of the argument that is
+    written (None: all of it). Using the very kernel of the model on the very strides is what keeps
+    results bit-identical; a functional twin (`add` for `add_`) may fill memory in another order.
+    `split` replaces the copy by the real mutation where the old contents are not needed any more.
+
+    Returns:
+        What `op` returns apart from its mutated arguments, followed by the new contents of each
+        mutated argument; a bare tensor if that is only one.
+    """
+    return _run_inplace(op, mutated, args, kwargs, copy=True)
+
+
+def inplace_donated(
+    op: OpOverload, mutated: Plan, *args: Any, **kwargs: Any
+) -> Any:
+    """`inplace` where the mutated arguments are given away: no copy is made."""
+    return _run_inplace(op, mutated, args, kwargs, copy=False)
+
+
+def _run_inplace(
+    op: OpOverload,
+    mutated: Plan,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    *,
+    copy: bool,
+) -> Any:
+    call_args, call_kwargs, bases = list(args), dict(kwargs), []
+    for where, view in mutated:
+        holder: Any = call_args if isinstance(where, int) else call_kwargs
+        base = clone_exactly(holder[where]) if copy else holder[where]
+        bases.append(base)
+        if view is not None:
+            size, stride, offset = view
+            base = torch.as_strided(base, size, stride, base.storage_offset() + offset)
+        holder[where] = base
+    returned = op(*call_args, **call_kwargs)
+    results = (*fresh_results(op, returned), *bases)
+    return results[0] if len(results) == 1 else results
+
+
+def fresh_results(op: OpOverload, returned: Any) -> tuple[Any, ...]:
+    """The results of a call that are not one of its mutated arguments."""
+    outs = returned if isinstance(returned, (tuple, list)) else (returned,)
+    return tuple(
+        out
+        for out, declared in zip(outs, op._schema.returns, strict=False)
+        if out is not None and declared.alias_info is None
+    )
+
+
+def read_rng_state(device: torch.device) -> torch.Tensor:
+    """The state of a device's default generator, to be replayed by `with_rng_state`."""
+    return generator(device).get_state()
+
+
+def with_rng_state(
+    state: torch.Tensor, device: torch.device, op: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Runs `op` as it ran when `state` was read, and leaves the generator as it was."""
+    source = generator(device)
+    before = source.get_state()
+    source.set_state(state)
+    try:
+        return op(*args, **kwargs)
+    finally:
+        source.set_state(before)
+
+
+def generator(device: torch.device) -> torch.Generator:
+    """The default generator of a device."""
+    if device.type == "cpu":
+        return torch.default_generator
+    backend = torch.get_device_module(device)
+    index = backend.current_device() if device.index is None else device.index
+    return backend.default_generators[index]

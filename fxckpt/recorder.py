@@ -1,0 +1,376 @@
+"""A dispatch mode that writes what a program does to tensors into a `torch.fx` graph.
+
+NOTE [Recording in single assignment form]
+
+The program mutates tensors through views; the graph must not. So the recorder keeps, for each
+storage, the node that holds its *current* contents, and for each tensor how it was made from
+another (its recipe). Reading a tensor after its storage was mutated through some other tensor
+rebuilds the view on the current contents:
+
+    y = x * 2               mul = mul(x, 2)             storage of y: mul
+    v = y[0]                select = select(mul, 0, 0)  v = select of y
+    y.add_(1)               add_ = inplace(add_, mul)   storage of y: add_
+    v + v                   select_1 = select(add_, 0, 0); add = add(select_1, select_1)
+
+Mutation of a view produces new contents of the whole storage, with the mutated view in the
+arguments of `ops.inplace`. Storages are told apart by identity of the fake storages, which the
+recorder keeps alive; so no table of view operations is needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from operator import getitem
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor, FakeTensorMode
+from torch.fx import Graph, Node
+from torch.fx.node import map_aggregate
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fxckpt import ops
+from fxckpt.errors import CaptureError
+
+aten = torch.ops.aten
+_TORCH = str(Path(torch.__file__).parent)
+_HERE = str(Path(__file__).parent)
+
+
+@dataclasses.dataclass(slots=True)
+class _Storage:
+    """Current contents of one storage. `root` is the tensor that covers it."""
+
+    root: torch.Tensor
+    node: Node
+    version: int = 0
+    owner: Any = None  # the untyped storage, kept alive so that its address stays unique
+
+
+@dataclasses.dataclass(slots=True)
+class Recipe:
+    """How a tensor was made from another that shares its storage."""
+
+    parent: torch.Tensor
+    func: OpOverload
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    index: int | None  # which of several results
+
+
+@dataclasses.dataclass(slots=True)
+class _Entry:
+    """What is known of one tensor; `node` is valid while the storage is at `version`."""
+
+    tensor: torch.Tensor
+    storage: _Storage
+    node: Node
+    version: int
+    recipe: Recipe | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Place:
+    """Where in the user's program an operation was run."""
+
+    path: str = ""
+    call: int = 0
+    types: tuple[type, ...] = ()
+    source: str = ""
+
+
+class Adopt(Protocol):
+    """See `Recorder`."""
+
+    def __call__(  # noqa: D102
+        self, tensor: torch.Tensor, *, literal: bool = False
+    ) -> tuple[Node, torch.Tensor]: ...
+
+
+class Recorder(TorchDispatchMode):
+    """Records into `graph` while it is active; see the note on single assignment form.
+
+    Args:
+        fake_mode: The mode that computes shapes; must be entered before the recorder.
+        adopt: Called with a real tensor that the program met, and whether it is a literal that the
+            program made anew; returns the placeholder and the fake tensor that stand for it.
+        place: Called for each operation; says where in the program it is.
+        read: Called with an operation and its arguments when Python reads values (`item`), or
+            when a shape depends on values (`nonzero`); returns the result or raises.
+    """
+
+    def __init__(
+        self,
+        fake_mode: FakeTensorMode,
+        adopt: Adopt,
+        place: Callable[[], Place],
+        read: Callable[[OpOverload, Any, Any], Any],
+    ) -> None:
+        super().__init__()
+        self.graph = Graph()
+        self.fake_mode, self._adopt, self._place, self._read = fake_mode, adopt, place, read
+        self.phase = "forward"
+        self._storages: dict[int, _Storage] = {}
+        self._entries: dict[int, _Entry] = {}
+
+    # -- what the program's tensors are in the graph
+
+    def add_placeholder(self, fake: torch.Tensor, name: str) -> Node:
+        """A new placeholder for a fake tensor with a storage of its own."""
+        with self.graph.inserting_before(self._first_operation()):
+            node = self.graph.placeholder(name)
+        node.target = node.name  # the name made a valid identifier
+        node.meta = {"val": fake}
+        self._track(fake, node, None)
+        return node
+
+    def node_for(self, tensor: torch.Tensor) -> Node:
+        """The node that holds the current contents of a tensor."""
+        entry = self._entries[id(tensor)]
+        if entry.version != entry.storage.version:
+            if entry.recipe is None:
+                entry.node = entry.storage.node
+            else:
+                entry.node = self._replay(entry.recipe, tensor)
+            entry.version = entry.storage.version
+        return entry.node
+
+    def knows(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor was made while recording, or stands for an argument."""
+        return id(tensor) in self._entries
+
+    def storage_of(self, tensor: torch.Tensor) -> _Storage:
+        """The storage record of a known tensor."""
+        return self._entries[id(tensor)].storage
+
+    def recipe_of(self, tensor: torch.Tensor) -> Recipe | None:
+        """How a known tensor was made from another one on the same storage, if it was."""
+        return self._entries[id(tensor)].recipe
+
+    # -- recording
+
+    def __torch_dispatch__(  # noqa: D105
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not isinstance(func, OpOverload):
+            raise CaptureError(f"the higher-order operation {func} cannot be recorded")
+        if func is aten.lift_fresh.default:
+            return self._constant(args[0])
+        args, kwargs = self._faked(args), self._faked(kwargs)
+        if torch.Tag.data_dependent_output in func.tags or func is aten.is_nonzero.default:
+            return self._read(func, args, kwargs)
+        try:
+            out = func(*args, **kwargs)
+        except DynamicOutputShapeException:
+            out = self._read(func, args, kwargs)
+        self._record(func, args, kwargs, out)
+        return out
+
+    def _record(self, func: OpOverload, args: Any, kwargs: Any, out: Any) -> None:
+        if not _has_tensor(out) and not func._schema.is_mutable:
+            return  # a question about metadata; the answer is part of the signature
+        if any(isinstance(a, torch.Generator) for a in (*args, *kwargs.values())):
+            raise CaptureError(
+                f"{func} draws from a torch.Generator of its own",
+                hint="Draw from the default generator, or draw outside of the model.",
+            )
+        if torch.Tag.inplace_view in func.tags:
+            raise CaptureError(f"{func} changes the shape of a tensor in place")
+        mutated = list(ops.mutated_arguments(func, args, kwargs))
+        if mutated:
+            self._record_mutation(func, args, kwargs, mutated, out)
+        elif func is aten.detach.default:
+            self._entries[id(out)] = self._alias_entry(
+                out, self.node_for(args[0]), Recipe(args[0], func, (args[0],), {}, None)
+            )
+        else:
+            node = self._emit(func, self.nodes(args), self.nodes(kwargs), out)
+            self._bind(out, node, func, args, kwargs)
+
+    def _bind(self, out: Any, node: Node, func: OpOverload, args: Any, kwargs: Any) -> None:
+        """Connects the results of an operation with its node."""
+        if isinstance(out, torch.Tensor):
+            self._bind_one(out, node, func, args, kwargs, None)
+            return
+        for i, each in enumerate(out):
+            if isinstance(each, torch.Tensor):
+                item = self._emit(getitem, (node, i), {}, each)
+                self._bind_one(each, item, func, args, kwargs, i)
+
+    def _bind_one(
+        self, out: torch.Tensor, node: Node, func: OpOverload, args: Any, kwargs: Any, i: int | None
+    ) -> None:
+        storage = self._storages.get(_address(out))
+        if storage is None or func is aten._unsafe_view.default:
+            # `_unsafe_view` reshapes a tensor that nobody else sees: the result replaces it, and
+            # unlike a view it has a version counter of its own.
+            self._track(out, node, None)
+            return
+        parent = next(
+            t for t in _tensors((args, kwargs)) if self._entries[id(t)].storage is storage
+        )
+        node.meta["alias"] = node.args[0] if node.target is getitem else self.node_for(parent)
+        if node.target is getitem:
+            node.args[0].meta["alias"] = self.node_for(parent)
+        if out is not parent:
+            recipe = Recipe(parent, func, args, kwargs, i)
+            self._entries[id(out)] = self._alias_entry(out, node, recipe)
+
+    def _record_mutation(
+        self, func: OpOverload, args: Any, kwargs: Any, where: list[Any], out: Any
+    ) -> None:
+        call_args, call_kwargs = list(self.nodes(args)), dict(self.nodes(kwargs))
+        storages, plan = [], []
+        for key in where:
+            target = args[key] if isinstance(key, int) else kwargs[key]
+            if not isinstance(target, torch.Tensor):
+                raise CaptureError(f"{func} mutates a list of tensors")
+            storage = self.storage_of(target)
+            holder: Any = call_args if isinstance(key, int) else call_kwargs
+            holder[key] = storage.node
+            storages.append(storage)
+            plan.append((key, _view_within(target, storage.root)))
+        fresh = ops.fresh_results(func, out)
+        results = (*fresh, *(s.root for s in storages))
+        val = results[0] if len(results) == 1 else results
+        node = self._emit(ops.inplace, (func, tuple(plan), *call_args), call_kwargs, val)
+        items = [node]
+        if len(results) > 1:
+            items = [self._emit(getitem, (node, i), {}, r) for i, r in enumerate(results)]
+        for tensor, item in zip(fresh, items, strict=False):
+            self._track(tensor, item, None)
+        for storage, item in zip(storages, items[len(fresh) :], strict=True):
+            storage.node, storage.version = item, storage.version + 1
+
+    def _replay(self, recipe: Recipe, tensor: torch.Tensor) -> Node:
+        """The view `tensor` of the current contents of its storage."""
+        parent = self.node_for(recipe.parent)
+        if recipe.func is aten.detach.default:
+            return parent
+        node = self._emit(recipe.func, self.nodes(recipe.args), self.nodes(recipe.kwargs), None)
+        node.meta["alias"] = parent
+        if recipe.index is None:
+            node.meta["val"] = tensor
+            return node
+        item = self._emit(getitem, (node, recipe.index), {}, tensor)
+        item.meta["alias"] = node
+        return item
+
+    def _constant(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A literal such as `torch.tensor([1, 2])`: a copy of it is made at each run."""
+        node, fake = self._adopt(tensor, literal=True)
+        out = aten.clone.default(fake)
+        self._track(out, self._emit(aten.clone.default, (node,), {}, out), None)
+        return out
+
+    def _emit(self, target: Any, args: Any, kwargs: Any, val: Any) -> Node:
+        op = args[0] if target is ops.inplace else target
+        name = op.overloadpacket.__name__ if isinstance(op, OpOverload) else None
+        node = self.graph.create_node("call_function", target, tuple(args), kwargs, name)
+        place = self._place()
+        node.meta = {
+            "val": val,
+            "phase": self.phase,
+            "path": place.path,
+            "call": place.call,
+            "types": place.types,
+            "source": place.source,
+        }
+        return node
+
+    # -- small helpers
+
+    def _faked(self, tree: Any) -> Any:
+        def fake(x: Any) -> Any:
+            if not isinstance(x, torch.Tensor) or id(x) in self._entries:
+                return x
+            if isinstance(x, FakeTensor) and x.fake_mode is self.fake_mode:
+                raise CaptureError("forward reads a tensor that was left by another capture")
+            return self._adopt(x)[1]
+
+        return map_aggregate(tree, fake)
+
+    def nodes(self, tree: Any) -> Any:
+        """`tree` with the node of each tensor in place of it."""
+        return map_aggregate(tree, lambda x: self.node_for(x) if isinstance(x, torch.Tensor) else x)
+
+    def _track(self, tensor: torch.Tensor, node: Node, recipe: Recipe | None) -> None:
+        owner = tensor.untyped_storage()
+        storage = _Storage(tensor, node, 0, owner)
+        self._storages[owner._cdata] = storage
+        self._entries[id(tensor)] = _Entry(tensor, storage, node, 0, recipe)
+
+    def _alias_entry(self, tensor: torch.Tensor, node: Node, recipe: Recipe) -> _Entry:
+        storage = self._storages[_address(tensor)]
+        return _Entry(tensor, storage, node, storage.version, recipe)
+
+    def _first_operation(self) -> Node:
+        return next(
+            (n for n in self.graph.nodes if n.op != "placeholder"), self.graph._root
+        )
+
+
+def _address(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _view_within(tensor: torch.Tensor, base: torch.Tensor) -> ops.View | None:
+    """The view of `base` that a mutated tensor on its storage is; None if it is all of it."""
+    same = tensor is base or (
+        tensor.size() == base.size()
+        and tensor.stride() == base.stride()
+        and tensor.storage_offset() == base.storage_offset()
+        and tensor.dtype == base.dtype
+    )
+    if same:
+        return None
+    if tensor.dtype != base.dtype:
+        raise CaptureError("forward mutates a view of another element type")
+    offset = tensor.storage_offset() - base.storage_offset()
+    return tuple(tensor.size()), tuple(tensor.stride()), offset
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    map_aggregate(tree, lambda x: found.append(x) if isinstance(x, torch.Tensor) else None)
+    return found
+
+
+def _has_tensor(tree: Any) -> bool:
+    return isinstance(tree, torch.Tensor) or (
+        isinstance(tree, (tuple, list)) and any(isinstance(t, torch.Tensor) for t in tree)
+    )
+
+
+def user_source() -> str:
+    """`"file.py:31"` of the innermost frame that is the user's, not torch's or ours."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if _is_users(frame):
+            return _line(frame, frame.f_lineno)
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""
+
+
+def user_source_of(error: BaseException) -> str:
+    """`"file.py:31"` of the innermost frame of the user's program that an error went through."""
+    trace, found = error.__traceback__, ""
+    while trace is not None:
+        if _is_users(trace.tb_frame):
+            found = _line(trace.tb_frame, trace.tb_lineno)
+        trace = trace.tb_next
+    return found
+
+
+def _is_users(frame: FrameType) -> bool:
+    return not frame.f_code.co_filename.startswith((_TORCH, _HERE, "<"))
+
+
+def _line(frame: FrameType, number: int) -> str:
+    return f"{Path(frame.f_code.co_filename).name}:{number}"

@@ -1,0 +1,317 @@
+"""Runs the two halves of a split graph as one `torch.autograd.Function`.
+
+NOTE [What autograd sees]
+
+    forward     gets the primals as they are at the call, returns the outputs of the graph. Views in
+                the result of the model are taken outside, in grad mode, so that they are views to
+                autograd as well, and results that are views of a primal never pass through here.
+    saved       the primals that backward reads, and the residuals, by `save_for_backward`: version
+                counters, saved-tensor hooks and "backward a second time" work as in eager.
+    backward    takes the saved tensors out of the node first, if the graph is not retained, so that
+                each residual dies at its last use while backward runs.
+
+Which outputs get a gradient, with which strides, is known only in backward. If it is not what the
+split was made for, another backward graph is derived for the same residuals, and the next forward
+is made for what was seen.
+
+NOTE [The generic route]
+
+Two cases cannot run the backward graph: it cannot be differentiated again (`create_graph`), and a
+pattern of gradients may need a value whose random state was not kept. Then the model's own forward
+runs again on the same primals, in the same modes, random states and buffers, and autograd does the
+rest: exactly eager, custom functions and errors included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from fxckpt import ops, tree
+from fxckpt.capture import (
+    AutocastState,
+    BackwardKey,
+    Result,
+    Tape,
+    autocast_as,
+    autocast_state,
+)
+from fxckpt.errors import CaptureError, FxckptError
+from fxckpt.joint import Joint, Primal
+from fxckpt.split import Split, backward_from, read_before_written, split
+from fxckpt.state import substituted
+
+Decide = Callable[[Joint], set[torch.fx.Node]]
+
+
+@dataclasses.dataclass(slots=True)
+class Program:
+    """One split of a captured callable, ready to run.
+
+    `slots` says where forward's arguments are at call time: (None, i) for the i-th input, else a
+    container and the key in it. `backwards` are further backward graphs for the same residuals.
+    """
+
+    joint: Joint
+    split: Split
+    slots: list[tuple[Any, Any]]
+    saved_positions: list[int]
+    fragile: list[int]  # changed primals whose contents before the change matter
+    backwards: dict[BackwardKey, tuple[GraphModule, list[int]]]
+
+
+@dataclasses.dataclass(slots=True)
+class _Call:
+    """What one forward keeps for its backward, besides the saved tensors."""
+
+    captured: Captured
+    program: Program
+    inputs: Sequence[torch.Tensor]
+    primals: Sequence[torch.Tensor]
+    versions: list[int]
+    state: Any
+    random_states: list[tuple[torch.device, torch.Tensor]]
+    before: dict[int, torch.Tensor]
+
+
+class Captured:
+    """One captured callable for one signature: runs it, forward and backward.
+
+    Args:
+        tape: The captured forward.
+        decide: Chooses the values to save, given a joint graph.
+        original: The callable that was captured.
+        input_spec: Structure of (args, kwargs).
+        module: The module whose tensors the callable reads, if any.
+        state: Tells the state of the module; another answer means that a rerun would differ.
+    """
+
+    def __init__(
+        self,
+        tape: Tape,
+        decide: Decide,
+        original: Callable[..., Any],
+        input_spec: tree.Spec,
+        module: torch.nn.Module | None,
+        state: Callable[[], Any],
+    ) -> None:
+        self.tape, self.original, self.input_spec = tape, original, input_spec
+        self.module, self.state = module, state
+        self.autocast: AutocastState = autocast_state()
+        self._decide = decide
+        self._primals = {p.name: p for p in tape.primals}
+        self._programs: dict[BackwardKey, Program] = {}
+        self._expected = tape.expected_backward()
+        self._differentiable = [t.requires_grad for t in tape.outputs]
+        random = [n for n in self.program.joint.forward_nodes() if ops.node_is_random(n)]
+        self._random_devices = sorted({ops.node_device(n) for n in random}, key=str)
+
+    @property
+    def program(self) -> Program:
+        """The program for the backward that is expected next."""
+        if self._expected not in self._programs:
+            self._programs[self._expected] = self._compile(self._expected)
+        return self._programs[self._expected]
+
+    def lookup(self, name: str, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The tensor that a primal is at this call."""
+        container, key = self._primals[name].source
+        return inputs[key] if container is None else container[key]
+
+    def __call__(self, inputs: Sequence[torch.Tensor]) -> Any:
+        """Runs forward on the flattened inputs; returns what the callable returns."""
+        program = self.program
+        primals = [inputs[key] if held is None else held[key] for held, key in program.slots]
+        call = _Call(
+            self,
+            program,
+            inputs,
+            primals,
+            [p._version for p in primals],
+            self.state(),
+            [(d, ops.generator(d).get_state()) for d in self._random_devices],
+            {i: primals[i].clone() for i in program.fragile},
+        )
+        outputs = _Function.apply(call, *primals)
+        made: dict[int, torch.Tensor] = {}
+        for result in self.tape.results:
+            if id(result) not in made:
+                made[id(result)] = self._finish(result, outputs, inputs)
+        return tree.unflatten(self.tape.spec, [made[id(r)] for r in self.tape.results])
+
+    def _finish(
+        self, result: Result, outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        origin = result.origin
+        tensor = outputs[origin] if isinstance(origin, int) else self.lookup(origin, inputs)
+        for func, args, kwargs, index in result.views:
+            viewed = func(tensor, *args, **kwargs)
+            tensor = viewed if index is None else viewed[index]
+        return tensor
+
+    # -- called by _Function
+
+    def mark_outputs(self, ctx: Any, outputs: Sequence[torch.Tensor]) -> None:
+        """Tells autograd which outputs have no gradient."""
+        flags = zip(outputs, self._differentiable, strict=True)
+        ctx.mark_non_differentiable(*(t for t, differentiable in flags if not differentiable))
+
+    def backward_for(self, call: _Call, key: BackwardKey) -> tuple[GraphModule, list[int]]:
+        """The backward graph for `key`, and which of call.primals it needs besides the saved ones.
+
+        Raises:
+            CaptureError: if that needs a value that was not kept and cannot be recomputed.
+        """
+        program = call.program
+        if key not in program.backwards:
+            joint = self.tape.joint(key)
+            program.backwards[key] = backward_from(joint, program.split)
+            self._expected = key
+        return program.backwards[key]
+
+    def run_again(
+        self, call: _Call, cotangents: Sequence[torch.Tensor | None]
+    ) -> list[torch.Tensor | None]:
+        """Gradients by the generic route (see the note)."""
+        self._require_unchanged(call)
+        primals = {id(p): p for p in call.primals}
+        written = set(call.program.split.written)
+        stand_ins: dict[int, torch.Tensor] = {}
+        for i, (name, p) in enumerate(zip(call.program.split.primals, call.primals, strict=True)):
+            if name in written:
+                stand_ins[id(p)] = call.before.get(i, p).clone()
+            else:
+                stand_ins[id(p)] = p.view_as(p) if p.requires_grad else p
+        inputs = [stand_ins.get(id(t), t) for t in call.inputs]
+        for (container, key), p in zip(call.program.slots, call.primals, strict=True):
+            if container is not None:  # other tensors may be there now (`functional_call`)
+                stand_ins[id(container[key])] = stand_ins[id(p)]
+        with self._as_called(call, stand_ins), torch.enable_grad():
+            args, kwargs = tree.unflatten(self.input_spec, inputs)
+            results, _ = tree.flatten(self.original(*args, **kwargs))
+        by_origin = dict(zip((r.origin for r in self.tape.results), results, strict=True))
+        pairs = [(_base(by_origin[i]), c) for i, c in enumerate(cotangents) if c is not None]
+        wanted = [stand_ins[i] for i, p in primals.items() if p.requires_grad]
+        grads = torch.autograd.grad(
+            [t for t, _ in pairs],
+            wanted,
+            [c for _, c in pairs],
+            create_graph=torch.is_grad_enabled(),
+            allow_unused=True,
+        )
+        found = {id(t): g for t, g in zip(wanted, grads, strict=True)}
+        return [found.get(id(stand_ins[id(p)])) for p in call.primals]
+
+    @contextlib.contextmanager
+    def _as_called(self, call: _Call, stand_ins: dict[int, torch.Tensor]) -> Iterator[None]:
+        """The modes, random states and buffers as they were when forward was called."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(autocast_as(self.autocast))
+            stack.enter_context(_random_states_as(call.random_states))
+            if self.module is not None:
+                stack.enter_context(substituted(self.module, stand_ins))
+            yield
+
+    def _require_unchanged(self, call: _Call) -> None:
+        written = set(call.program.split.written)
+        names = zip(call.program.split.primals, call.primals, call.versions, strict=True)
+        changed = [n for n, p, v in names if n not in written and p._version != v]
+        if changed:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an "
+                f"inplace operation: {changed[0]} was changed between forward and backward"
+            )
+        if self.state() != call.state:
+            raise FxckptError(
+                "the module was changed (training mode, hyperparameters, parameters) between "
+                "forward and a backward that has to run forward again (create_graph=True). "
+                "Change it after backward"
+            )
+
+    # -- compiling
+
+    def _compile(self, key: BackwardKey) -> Program:
+        joint = self.tape.joint(key)
+        halves = split(joint, self._decide(joint))
+        positions = {name: i for i, name in enumerate(halves.primals)}
+        return Program(
+            joint,
+            halves,
+            [self._primals[name].source for name in halves.primals],
+            [positions[name] for name in halves.saved_primals],
+            [positions[name] for name in read_before_written(joint)],
+            {key: (halves.backward, [])},
+        )
+
+
+class _Function(torch.autograd.Function):
+    """See the note on what autograd sees."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, *primals: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        program = call.program
+        with _as_recorded():
+            results = program.split.forward.forward(list(primals))
+        outputs = results[: len(program.joint.outputs)]
+        ctx.set_materialize_grads(False)
+        call.captured.mark_outputs(ctx, outputs)
+        ctx.save_for_backward(
+            *(primals[i] for i in program.saved_positions), *results[len(outputs) :]
+        )
+        ctx.call = call
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[Any, ...]:
+        saved = list(ctx.saved_tensors)  # raises as eager does if one was changed, or freed
+        call: _Call = ctx.call
+        if torch.is_grad_enabled():
+            return (None, *call.captured.run_again(call, cotangents))
+        try:
+            graph, extra = call.captured.backward_for(call, _key(cotangents))
+        except CaptureError:
+            return (None, *call.captured.run_again(call, cotangents))
+        saved += [call.primals[i] for i in extra]
+        saved += [c for c in cotangents if c is not None]
+        ctx.maybe_clear_saved_tensors()
+        del cotangents, call
+        with _as_recorded():
+            return (None, *graph.forward(saved))
+
+
+@contextlib.contextmanager
+def _as_recorded() -> Iterator[None]:
+    """Runs a graph as it was recorded: below autograd and autocast, which are part of it.
+
+    Grad mode is on because a few kernels look at it (`mkldnn_rnn_layer` prepares for backward).
+    """
+    with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
+        yield
+
+
+def _key(cotangents: Sequence[torch.Tensor | None]) -> BackwardKey:
+    return BackwardKey(
+        tuple(None if c is None else (c.stride(), c.dtype) for c in cotangents), autocast_state()
+    )
+
+
+def _base(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor that the graph returns for a result: the one that owns the storage."""
+    return tensor._base if tensor._base is not None else tensor
+
+
+@contextlib.contextmanager
+def _random_states_as(states: list[tuple[torch.device, torch.Tensor]]) -> Iterator[None]:
+    now = [(device, ops.generator(device).get_state()) for device, _ in states]
+    for device, state in states:
+        ops.generator(device).set_state(state)
+    try:
+        yield
+    finally:
+        for device, state in now:
+            ops.generator(device).set_state(state)

@@ -1,0 +1,32 @@
+"""Settings of the whole test run: hypothesis profiles, threads, seeds, the `cuda` marker."""
+
+import os
+import random
+
+# Read when torch and transformers are imported, here and in the processes that tests start: tests
+# run in parallel processes of one thread each and build every model from a config.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+torch.set_num_threads(1)
+
+# No deadline and no complaint about slow generation: an example may build and trace a whole model.
+_COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("dev", max_examples=25, **_COMMON)
+settings.register_profile("ci", max_examples=50, derandomize=True, print_blob=True, **_COMMON)
+settings.register_profile("thorough", max_examples=1000, print_blob=True, **_COMMON)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Seeds every generator, so that a test alone sees what it sees among others."""
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
