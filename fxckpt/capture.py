@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -148,7 +149,19 @@ def capture(
             generators and the module are left as they were.
     """
     session = _Session(module, args, dict(kwargs or {}))
-    return session.run(fn)
+    _capturing.active = True
+    try:
+        return session.run(fn)
+    finally:
+        _capturing.active = False
+
+
+_capturing = threading.local()
+
+
+def is_capturing() -> bool:
+    """Whether this thread is running a program on fake tensors in order to capture it."""
+    return getattr(_capturing, "active", False)
 
 
 class _Session:
@@ -261,8 +274,11 @@ class _Session:
         recorder = self.recorder
         tensors, spec = tree.flatten(result)
         outputs: list[torch.Tensor] = []
-        results: list[Result] = []
+        results: dict[int, Result] = {}  # by id of the tensor: the same tensor, the same result
         for tensor in tensors:
+            if id(tensor) in results:
+                continue
+            key = id(tensor)
             if not recorder.knows(tensor):
                 tensor = self._adopt(tensor)[1]
             storage, views = recorder.storage_of(tensor), _views(recorder, tensor)
@@ -275,10 +291,11 @@ class _Session:
             if primal is None and not any(o is root for o in outputs):
                 outputs.append(root)
             index = next((i for i, o in enumerate(outputs) if o is root), None)
-            results.append(Result(index if primal is None else primal.name, views))
+            results[key] = Result(index if primal is None else primal.name, views)
         primals = list(self.primals.values())
         self._refuse_unsafe_writes(primals)
-        return Tape(recorder, self.places, primals, outputs, results, spec, self.guards)
+        in_order = [results[id(t)] for t in tensors]
+        return Tape(recorder, self.places, primals, outputs, in_order, spec, self.guards)
 
     def _refuse_unsafe_writes(self, primals: list[Primal]) -> None:
         for primal in primals:

@@ -18,7 +18,7 @@ class Decision(enum.Enum):
 SAVE, RECOMPUTE = Decision.SAVE, Decision.RECOMPUTE
 
 
-def resolve(policy: Any) -> Callable[[Joint], set[Node]]:
+def resolve(policy: Any, save: Any = (), recompute: Any = ()) -> Callable[[Joint], set[Node]]:
     if policy == "dots":
         policy = lambda v: SAVE if ops.is_matrix_like(v.op) else RECOMPUTE
     elif policy == "everything":

@@ -34,7 +34,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fxckpt import ops
+from fxckpt import ops, shapes
 from fxckpt.errors import CaptureError
 
 aten = torch.ops.aten
@@ -169,6 +169,10 @@ class Recorder(TorchDispatchMode):
             out = func(*args, **kwargs)
         except DynamicOutputShapeException:
             out = self._read(func, args, kwargs)
+        except RuntimeError:
+            if func not in shapes.FALLBACKS:
+                raise
+            out = shapes.FALLBACKS[func](*args, **kwargs)
         self._record(func, args, kwargs, out)
         return out
 

@@ -123,6 +123,10 @@ class Captured:
         container, key = self._primals[name].source
         return inputs[key] if container is None else container[key]
 
+    def guards_hold(self, inputs: Sequence[torch.Tensor]) -> bool:
+        """Whether the values that Python read during capture are the same for these inputs."""
+        return all(g.holds(lambda name: self.lookup(name, inputs)) for g in self.tape.guards)
+
     def __call__(self, inputs: Sequence[torch.Tensor]) -> Any:
         """Runs forward on the flattened inputs; returns what the callable returns."""
         program = self.program

@@ -1,0 +1,36 @@
+"""fxckpt: PyTorch models that fit in memory, with bit-identical gradients."""
+
+from fxckpt import policies
+from fxckpt.errors import (
+    BudgetError,
+    CaptureError,
+    FallbackWarning,
+    FxckptError,
+    MismatchError,
+    PolicyError,
+)
+from fxckpt.joint import Value
+from fxckpt.module import graphs, is_rewritten, restore_, rewrite, rewrite_
+from fxckpt.policies import RECOMPUTE, SAVE
+from fxckpt.verification import verify
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "RECOMPUTE",
+    "SAVE",
+    "BudgetError",
+    "CaptureError",
+    "FallbackWarning",
+    "FxckptError",
+    "MismatchError",
+    "PolicyError",
+    "Value",
+    "graphs",
+    "is_rewritten",
+    "policies",
+    "restore_",
+    "rewrite",
+    "rewrite_",
+    "verify",
+]
