@@ -32,7 +32,7 @@ CUDA_DEFAULT = ("cuda", "gpt2")
 CUDA_PRESET = "gpt2-cuda"
 COUNTS = ("layers", "width", "heads", "batch", "seq", "image", "patch", "vocab")
 SIZES = (*COUNTS, "dropout")
-IMPORTED_ONCE = ["torch", "torch.autograd.profiler", "tabulate", "transformers"]
+IMPORTED_ONCE = ["torch", "torch.autograd.profiler", "tabulate", "transformers.modeling_utils"]
 
 
 class Progress:
@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         sizes.add_argument(f"--{size}", type=_positive)
     sizes.add_argument("--dropout", type=_fraction)
     parser.add_argument("--rows", nargs="+", default=["*"], metavar="GLOB", help="rows to run")
-    parser.add_argument("--repeats", type=_positive, default=7, help="timed rounds")
+    parser.add_argument("--repeats", type=_positive, default=5, help="timed rounds")
     parser.add_argument("--threads", type=_positive, default=torch.get_num_threads())
     parser.add_argument("--compile", action="store_true", help="add torch.compile rows")
     parser.add_argument(

@@ -44,8 +44,8 @@ class Memory:
         resident: parameters, buffers and the batch.
         total: the most that was allocated at any moment of the step.
         saved: what lived between forward and backward and was not there before forward.
-        first_call: seconds of the first step in a fresh process, importing the row's library
-            (and capturing or compiling) included.
+        first_call: seconds from installing the row to the end of its first step, in a fresh
+            process that has imported torch and transformers; capturing and compiling included.
     """
 
     resident: int

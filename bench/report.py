@@ -109,7 +109,8 @@ def _time_cells(result: Result, eager: Result) -> list[str]:
         return ["-", "-"]
     low, middle, high = quartiles(result.timing.ratios(eager.timed()))
     milliseconds = statistics.median(result.timing.seconds) * 1e3
-    return [f"{milliseconds:.4g}", f"{middle:.2f} [{low:.2f}-{high:.2f}]"]
+    shown = f"{milliseconds:.0f}" if milliseconds >= 1000 else f"{milliseconds:.4g}"
+    return [shown, f"{middle:.2f} [{low:.2f}-{high:.2f}]"]
 
 
 def _verdict(result: Result) -> str:

@@ -76,6 +76,7 @@ class Tape:
     places: _Places
     primals: list[Primal]
     outputs: list[torch.Tensor]  # fakes, one per storage that forward returns
+    output_nodes: list[Node]
     results: list[Result]
     spec: tree.Spec  # structure of the result
     guards: list[Guard]
@@ -233,9 +234,7 @@ class _Session:
             self.real[node] = tensor
         return primal
 
-    def _adopt(
-        self, tensor: torch.Tensor, *, literal: bool = False
-    ) -> tuple[Node, torch.Tensor]:
+    def _adopt(self, tensor: torch.Tensor, *, literal: bool = False) -> tuple[Node, torch.Tensor]:
         """The stand-in of a real tensor that the program got hold of by itself."""
         primal = self.primals.get(id(tensor))
         if primal is None:
@@ -273,29 +272,35 @@ class _Session:
     def _tape(self, result: Any) -> Tape:
         recorder = self.recorder
         tensors, spec = tree.flatten(result)
+        fakes = {id(p.fake): p for p in self.primals.values()}
         outputs: list[torch.Tensor] = []
         results: dict[int, Result] = {}  # by id of the tensor: the same tensor, the same result
         for tensor in tensors:
             if id(tensor) in results:
                 continue
-            key = id(tensor)
-            if not recorder.knows(tensor):
-                tensor = self._adopt(tensor)[1]
-            storage, views = recorder.storage_of(tensor), _views(recorder, tensor)
-            root = storage.root
-            if tensor.requires_grad and not root.requires_grad:
-                raise CaptureError("forward returns a view that needs a gradient its base does not")
-            if root.requires_grad and not tensor.requires_grad:
-                views = ((torch.ops.aten.detach.default, (), {}, None), *views)
-            primal = next((p for p in self.primals.values() if p.fake is root), None)
-            if primal is None and not any(o is root for o in outputs):
-                outputs.append(root)
-            index = next((i for i, o in enumerate(outputs) if o is root), None)
-            results[key] = Result(index if primal is None else primal.name, views)
-        primals = list(self.primals.values())
-        self._refuse_unsafe_writes(primals)
-        in_order = [results[id(t)] for t in tensors]
-        return Tape(recorder, self.places, primals, outputs, in_order, spec, self.guards)
+            known = tensor if recorder.knows(tensor) else self._adopt(tensor)[1]
+            base, views = _base_and_views(recorder, known)
+            if id(base) in fakes:
+                results[id(tensor)] = Result(fakes[id(base)].name, views)
+                continue
+            if not any(o is base for o in outputs):
+                outputs.append(base)
+            index = next(i for i, o in enumerate(outputs) if o is base)
+            results[id(tensor)] = Result(index, views)
+        storages = [id(recorder.storage_of(t)) for t in outputs]
+        if len(set(storages)) < len(storages):
+            raise CaptureError("forward returns two tensors that share memory unknown to autograd")
+        self._refuse_unsafe_writes(list(self.primals.values()))
+        return Tape(
+            recorder,
+            self.places,
+            list(self.primals.values()),
+            outputs,
+            [recorder.node_for(t) for t in outputs],
+            [results[id(t)] for t in tensors],
+            spec,
+            self.guards,
+        )
 
     def _refuse_unsafe_writes(self, primals: list[Primal]) -> None:
         for primal in primals:
@@ -305,7 +310,9 @@ class _Session:
                 raise CaptureError(f"forward changes {primal.name} in place under a gradient")
             real = self._real_of(primal)
             if any(_same_storage(real, self._real_of(p)) for p in primals if p is not primal):
-                raise CaptureError(f"forward changes {primal.name} in place, which overlaps another")
+                raise CaptureError(
+                    f"forward changes {primal.name} in place, which overlaps another"
+                )
 
     def _real_of(self, primal: Primal) -> torch.Tensor:
         container, key = primal.source
@@ -358,7 +365,7 @@ class _Places:
 def _extract(tape: Tape, cotangents: list[Node], grads: dict[str, Node | None]) -> Joint:
     """The part of the tape that outputs, writes and these gradients need, as a graph of its own."""
     recorder = tape.recorder
-    outputs = [recorder.storage_of(t).node for t in tape.outputs]
+    outputs = tape.output_nodes
     writes = {
         p.name: recorder.storage_of(p.fake).node
         for p in tape.primals
@@ -366,7 +373,9 @@ def _extract(tape: Tape, cotangents: list[Node], grads: dict[str, Node | None]) 
     }
     nodes = recorder.graph.nodes
     random = [
-        n for n in nodes if n.op == "call_function" and n.meta["phase"] == "forward" and ops.node_is_random(n)
+        n
+        for n in nodes
+        if n.op == "call_function" and n.meta["phase"] == "forward" and ops.node_is_random(n)
     ]
     wanted = [*outputs, *writes.values(), *(g for g in grads.values() if g is not None)]
     needed = reachable([*wanted, *random]) | set(cotangents)
@@ -383,11 +392,7 @@ def _extract(tape: Tape, cotangents: list[Node], grads: dict[str, Node | None]) 
     operations = [n for n in nodes if n in needed and n.op == "call_function"]
     for node in (*primals, *cotangents, *operations):
         copy(node)
-    graph.output(
-        tuple(
-            copies[n] for n in wanted
-        )
-    )
+    graph.output(tuple(copies[n] for n in wanted))
     return Joint(
         graph,
         {names[n]: copies[n] for n in primals},
@@ -398,14 +403,23 @@ def _extract(tape: Tape, cotangents: list[Node], grads: dict[str, Node | None]) 
     )
 
 
-def _views(recorder: Recorder, tensor: torch.Tensor) -> tuple[Any, ...]:
-    """The operations that lead from the root of a tensor's storage to the tensor."""
+def _base_and_views(recorder: Recorder, tensor: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """The tensor that owns the storage in the eyes of autograd, and the way from there.
+
+    A tensor that needs a gradient and is not a view is such a base, even if it was made by detaching
+    another one, as autograd does with the results of factory functions.
+    """
     steps: list[Any] = []
-    while (recipe := recorder.recipe_of(tensor)) is not None:
+    base = tensor
+    while (recipe := recorder.recipe_of(base)) is not None:
+        if base.requires_grad and not base._is_view():
+            break
         assert recipe.args[0] is recipe.parent, "views take their base first"
         steps.insert(0, (recipe.func, recipe.args[1:], recipe.kwargs, recipe.index))
-        tensor = recipe.parent
-    return tuple(steps)
+        base = recipe.parent
+    if base.requires_grad and not tensor.requires_grad:
+        steps.insert(0, (torch.ops.aten.detach.default, (), {}, None))
+    return base, tuple(steps)
 
 
 @contextlib.contextmanager
@@ -440,6 +454,9 @@ def _refuse_exotic(tensor: torch.Tensor) -> None:
         raise CaptureError("a tensor with a pending conjugation or negation is used")
     if tensor.device.type == "meta":
         raise CaptureError("a tensor on the meta device is used")
+    if tensor.device.type == "cuda" and not torch.cuda._is_compiled():
+        # Autograd ends the process if asked for the stream of a device it was built without.
+        raise CaptureError(f"a tensor on {tensor.device} is used by a torch without CUDA")
 
 
 def _fake_like(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:

@@ -51,18 +51,22 @@ def unchanged_random_states() -> Iterator[None]:
                 hint="Use torch operations for random numbers that steer a model.",
             )
     finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])  # noqa: NPY002
-        torch.random.default_generator.set_state(torch.frombuffer(bytearray(before[2]), dtype=torch.uint8))
+        python, numpy_, torch_ = before
+        random.setstate(python)
+        np.random.set_state(numpy_)  # noqa: NPY002
+        with outside_of_modes():
+            state = torch.frombuffer(bytearray(torch_), dtype=torch.uint8)
+            torch.default_generator.set_state(state)
 
 
 _GENERATORS = ("`random`", "`numpy.random`", "the default torch generator")
 
 
-def _random_states() -> tuple[object, ...]:
+def _random_states() -> tuple[Any, Any, bytes]:
     name, keys, *rest = np.random.get_state()  # noqa: NPY002
-    torch_state = bytes(torch.random.default_generator.get_state().numpy())
-    return random.getstate(), (name, tuple(keys.tolist()), *rest), torch_state
+    with outside_of_modes():
+        torch_ = bytes(torch.default_generator.get_state().numpy())
+    return random.getstate(), (name, tuple(keys.tolist()), *rest), torch_
 
 
 @contextlib.contextmanager
@@ -103,9 +107,7 @@ def refuse_hooks(root: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def module_calls(
-    enter: Callable[[nn.Module], None], leave: Callable[[], None]
-) -> Iterator[None]:
+def module_calls(enter: Callable[[nn.Module], None], leave: Callable[[], None]) -> Iterator[None]:
     """Calls `enter(module)` and `leave()` around each call of a module in this thread."""
     thread = threading.get_ident()
 

@@ -75,9 +75,7 @@ class Joint:
         return self._nodes("backward")
 
     def _nodes(self, phase: str) -> Iterator[Node]:
-        return (
-            n for n in self.graph.nodes if n.op == "call_function" and n.meta["phase"] == phase
-        )
+        return (n for n in self.graph.nodes if n.op == "call_function" and n.meta["phase"] == phase)
 
     def values(self) -> list[Value]:
         """The forward values that can be saved: tensors that own their storage, in order."""

@@ -6,6 +6,7 @@ operation returns a view is not in a table: `capture` sees it from the storages.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from operator import getitem
 from typing import Any
@@ -23,6 +24,14 @@ _HIDDEN_STATISTICS: dict[str, tuple[tuple[int, ...], int]] = {
     "aten::native_batch_norm": ((3, 4), 5),
     "aten::cudnn_batch_norm": ((3, 4), 5),
     "aten::miopen_batch_norm": ((3, 4), 5),
+}
+
+# Backward operations that take the running statistics but do not read them if the argument at the
+# second position (None: always) is true. Left out, they need not be kept for backward.
+_UNREAD_STATISTICS: dict[str, tuple[tuple[int, ...], int | None]] = {
+    "aten::native_batch_norm_backward": ((3, 4), 7),
+    "aten::cudnn_batch_norm_backward": ((3, 4), None),
+    "aten::miopen_batch_norm_backward": ((3, 4), None),
 }
 
 # Tagged random in torch, but random only if this argument (position, name) is greater than zero.
@@ -150,6 +159,14 @@ def mutated_arguments(
                 yield argument.name
 
 
+def without_unread(target: OpOverload, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of a call, with None for tensors that the operation does not look at."""
+    positions, flag = _UNREAD_STATISTICS.get(target._schema.name, ((), None))
+    if flag is not None and not args[flag]:
+        return args
+    return tuple(None if i in positions else a for i, a in enumerate(args))
+
+
 def is_new_statistic(node: Node) -> bool:
     """Whether a value is an updated running statistic, which is computed once, in forward."""
     if node.target is not getitem:
@@ -185,9 +202,7 @@ View = tuple[tuple[int, ...], tuple[int, ...], int]  # size, stride, offset with
 Plan = Sequence[tuple[int | str, View | None]]  # the mutated arguments of an `inplace`
 
 
-def inplace(
-    op: OpOverload, mutated: Plan, *args: Any, **kwargs: Any
-) -> Any:
+def inplace(op: OpOverload, mutated: Plan, *args: Any, **kwargs: Any) -> Any:
     """A mutating operation as a pure function: runs `op` on copies, returns them.
 
     `mutated` lists the arguments that `op` writes to, each with the view of the argument that is
@@ -202,9 +217,7 @@ def inplace(
     return _run_inplace(op, mutated, args, kwargs, copy=True)
 
 
-def inplace_donated(
-    op: OpOverload, mutated: Plan, *args: Any, **kwargs: Any
-) -> Any:
+def inplace_donated(op: OpOverload, mutated: Plan, *args: Any, **kwargs: Any) -> Any:
     """`inplace` where the mutated arguments are given away: no copy is made."""
     return _run_inplace(op, mutated, args, kwargs, copy=False)
 
@@ -242,7 +255,12 @@ def fresh_results(op: OpOverload, returned: Any) -> tuple[Any, ...]:
 
 
 def read_rng_state(device: torch.device) -> torch.Tensor:
-    """The state of a device's default generator, to be replayed by `with_rng_state`."""
+    """The state of a device's default generator, to be replayed by `with_rng_state`.
+
+    On fake tensors there is nothing to replay; the state is empty.
+    """
+    if under_fake_mode():
+        return torch.empty(0, dtype=torch.uint8)
     return generator(device).get_state()
 
 
@@ -250,13 +268,28 @@ def with_rng_state(
     state: torch.Tensor, device: torch.device, op: Any, *args: Any, **kwargs: Any
 ) -> Any:
     """Runs `op` as it ran when `state` was read, and leaves the generator as it was."""
+    with rng_state_as(state, device):
+        return op(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def rng_state_as(state: torch.Tensor, device: torch.device) -> Iterator[None]:
+    """The default generator of a device in a state of before; afterwards it is as it was."""
+    if under_fake_mode():
+        yield
+        return
     source = generator(device)
-    before = source.get_state()
+    now = source.get_state()
     source.set_state(state)
     try:
-        return op(*args, **kwargs)
+        yield
     finally:
-        source.set_state(before)
+        source.set_state(now)
+
+
+def under_fake_mode() -> bool:
+    """Whether operations compute shapes only."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
 def generator(device: torch.device) -> torch.Generator:

@@ -48,8 +48,9 @@ class _Storage:
 
     root: torch.Tensor
     node: Node
+    owner: Any  # the untyped storage, kept alive so that its address stays unique
+    phase: str
     version: int = 0
-    owner: Any = None  # the untyped storage, kept alive so that its address stays unique
 
 
 @dataclasses.dataclass(slots=True)
@@ -165,16 +166,36 @@ class Recorder(TorchDispatchMode):
         args, kwargs = self._faked(args), self._faked(kwargs)
         if torch.Tag.data_dependent_output in func.tags or func is aten.is_nonzero.default:
             return self._read(func, args, kwargs)
+        if func is aten.index.Tensor:
+            args = (args[0], self._integer_indices(args[1]))
+        out = self._run(func, args, kwargs)
+        self._record(func, args, kwargs, out)
+        return out
+
+    def _run(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
+        """The fake result of an operation."""
         try:
-            out = func(*args, **kwargs)
+            return func(*args, **kwargs)
         except DynamicOutputShapeException:
-            out = self._read(func, args, kwargs)
+            return self._read(func, args, kwargs)
         except RuntimeError:
             if func not in shapes.FALLBACKS:
                 raise
-            out = shapes.FALLBACKS[func](*args, **kwargs)
-        self._record(func, args, kwargs, out)
-        return out
+            return shapes.FALLBACKS[func](*args, **kwargs)
+
+    def _integer_indices(self, indices: Any) -> list[Any]:
+        """Boolean masks among indices as what the kernel makes of them.
+
+        So the shape of the result depends on the masks alone, which may be known.
+        """
+        found: list[Any] = []
+        with self:
+            for index in indices:
+                if index is not None and index.dtype in (torch.bool, torch.uint8):
+                    found.extend(aten.nonzero.default(index).unbind(1))
+                else:
+                    found.append(index)
+        return found
 
     def _record(self, func: OpOverload, args: Any, kwargs: Any, out: Any) -> None:
         if not _has_tensor(out) and not func._schema.is_mutable:
@@ -194,7 +215,8 @@ class Recorder(TorchDispatchMode):
                 out, self.node_for(args[0]), Recipe(args[0], func, (args[0],), {}, None)
             )
         else:
-            node = self._emit(func, self.nodes(args), self.nodes(kwargs), out)
+            read = ops.without_unread(func, tuple(args))
+            node = self._emit(func, self.nodes(read), self.nodes(kwargs), out)
             self._bind(out, node, func, args, kwargs)
 
     def _bind(self, out: Any, node: Node, func: OpOverload, args: Any, kwargs: Any) -> None:
@@ -216,15 +238,24 @@ class Recorder(TorchDispatchMode):
             # unlike a view it has a version counter of its own.
             self._track(out, node, None)
             return
-        parent = next(
-            t for t in _tensors((args, kwargs)) if self._entries[id(t)].storage is storage
-        )
+        args_on_it = [t for t in _tensors((args, kwargs)) if self.storage_of(t) is storage]
+        if not args_on_it:
+            self._bind_twin(out, storage, func)
+            return
+        parent = args_on_it[0]
         node.meta["alias"] = node.args[0] if node.target is getitem else self.node_for(parent)
         if node.target is getitem:
             node.args[0].meta["alias"] = self.node_for(parent)
         if out is not parent:
             recipe = Recipe(parent, func, args, kwargs, i)
             self._entries[id(out)] = self._alias_entry(out, node, recipe)
+
+    def _bind_twin(self, out: torch.Tensor, storage: _Storage, func: OpOverload) -> None:
+        """A result that is another result of the same operation once more."""
+        if _view_within(out, storage.root) is not None:
+            raise CaptureError(f"results of {func} overlap")
+        recipe = Recipe(storage.root, aten.detach.default, (storage.root,), {}, None)
+        self._entries[id(out)] = self._alias_entry(out, storage.node, recipe)
 
     def _record_mutation(
         self, func: OpOverload, args: Any, kwargs: Any, where: list[Any], out: Any
@@ -236,6 +267,8 @@ class Recorder(TorchDispatchMode):
             if not isinstance(target, torch.Tensor):
                 raise CaptureError(f"{func} mutates a list of tensors")
             storage = self.storage_of(target)
+            if self.phase == "backward" and storage.phase == "forward":
+                raise CaptureError(f"backward changes a tensor of forward ({func})")
             holder: Any = call_args if isinstance(key, int) else call_kwargs
             holder[key] = storage.node
             storages.append(storage)
@@ -306,7 +339,7 @@ class Recorder(TorchDispatchMode):
 
     def _track(self, tensor: torch.Tensor, node: Node, recipe: Recipe | None) -> None:
         owner = tensor.untyped_storage()
-        storage = _Storage(tensor, node, 0, owner)
+        storage = _Storage(tensor, node, owner, self.phase)
         self._storages[owner._cdata] = storage
         self._entries[id(tensor)] = _Entry(tensor, storage, node, 0, recipe)
 
@@ -315,9 +348,7 @@ class Recorder(TorchDispatchMode):
         return _Entry(tensor, storage, node, storage.version, recipe)
 
     def _first_operation(self) -> Node:
-        return next(
-            (n for n in self.graph.nodes if n.op != "placeholder"), self.graph._root
-        )
+        return next((n for n in self.graph.nodes if n.op != "placeholder"), self.graph._root)
 
 
 def _address(tensor: torch.Tensor) -> int:

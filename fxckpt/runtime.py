@@ -112,6 +112,11 @@ class Captured:
         self._random_devices = sorted({ops.node_device(n) for n in random}, key=str)
 
     @property
+    def differentiable(self) -> bool:
+        """Whether any result can get a gradient; if not, there is nothing to keep."""
+        return any(self._differentiable)
+
+    @property
     def program(self) -> Program:
         """The program for the backward that is expected next."""
         if self._expected not in self._programs:
@@ -138,7 +143,7 @@ class Captured:
             primals,
             [p._version for p in primals],
             self.state(),
-            [(d, ops.generator(d).get_state()) for d in self._random_devices],
+            [(d, ops.read_rng_state(d)) for d in self._random_devices],
             {i: primals[i].clone() for i in program.fragile},
         )
         outputs = _Function.apply(call, *primals)
@@ -216,7 +221,8 @@ class Captured:
         """The modes, random states and buffers as they were when forward was called."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(autocast_as(self.autocast))
-            stack.enter_context(_random_states_as(call.random_states))
+            for device, random_state in call.random_states:
+                stack.enter_context(ops.rng_state_as(random_state, device))
             if self.module is not None:
                 stack.enter_context(substituted(self.module, stand_ins))
             yield
@@ -307,15 +313,3 @@ def _key(cotangents: Sequence[torch.Tensor | None]) -> BackwardKey:
 def _base(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor that the graph returns for a result: the one that owns the storage."""
     return tensor._base if tensor._base is not None else tensor
-
-
-@contextlib.contextmanager
-def _random_states_as(states: list[tuple[torch.device, torch.Tensor]]) -> Iterator[None]:
-    now = [(device, ops.generator(device).get_state()) for device, _ in states]
-    for device, state in states:
-        ops.generator(device).set_state(state)
-    try:
-        yield
-    finally:
-        for device, state in now:
-            ops.generator(device).set_state(state)

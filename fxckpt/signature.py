@@ -71,7 +71,9 @@ class Watch:
         self._slots = [h.slots[0] for h in held]
         self._tied = [h.slots for h in held if len(h.slots) > 1]
         self._counts = [
-            (members, len(members)) for m in self._modules for members in (m._parameters, m._buffers)
+            (members, len(members))
+            for m in self._modules
+            for members in (m._parameters, m._buffers)
         ]
         self._numbers: dict[Hashable, tuple[int, Any]] = {}
         self._attributes: list[tuple[dict[str, Any], bool, list[Any]]] = []

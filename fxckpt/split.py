@@ -173,7 +173,9 @@ class _Backward:
         residuals = {_residual_name(r): r for r in self.residuals}
         for name in arguments:
             key = by_name[name] if by_name.get(name) in self.primals else residuals.get(name)
-            known = self._arguments[key] if key is not None else self._argument(None, "unused", None)
+            known = (
+                self._arguments[key] if key is not None else self._argument(None, "unused", None)
+            )
             self._body.prepend(known)
         for node in self.joint.cotangents:
             self._body.prepend(self._arguments[node])
@@ -269,9 +271,7 @@ def _forward(joint: Joint, backward: _Backward) -> GraphModule:
         copies[node] = graph.node_copy(node)
     for residual in backward.residuals:
         if isinstance(residual, _Before):
-            extra[residual] = graph.call_function(
-                ops.clone_exactly, (copies[residual.node],)
-            )
+            extra[residual] = graph.call_function(ops.clone_exactly, (copies[residual.node],))
     for node in joint.forward_nodes():
         if node not in needed:
             continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -113,6 +114,8 @@ def _attributes(m: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _tensors_in(value: Any, depth: int = 0) -> Iterator[torch.Tensor]:
+    if isinstance(value, weakref.ref):
+        value = value()  # recurrent layers remember their weights like this
     if isinstance(value, torch.Tensor):
         yield value
     elif depth < 4 and isinstance(value, (list, tuple)):
@@ -126,6 +129,8 @@ def _tensors_in(value: Any, depth: int = 0) -> Iterator[torch.Tensor]:
 def _replaced(value: Any, stand_ins: dict[int, torch.Tensor], depth: int = 0) -> Any:
     if isinstance(value, torch.Tensor):
         return stand_ins.get(id(value), value)
+    if isinstance(value, weakref.ref) and id(value()) in stand_ins:
+        return weakref.ref(stand_ins[id(value())])
     if depth < 4 and type(value) in (list, tuple):
         return type(value)(_replaced(v, stand_ins, depth + 1) for v in value)
     if depth < 4 and type(value) is dict:

@@ -56,9 +56,14 @@ class Unit:
         """Runs the module's forward: the captured one if gradients may be wanted."""
         if not (module.training and torch.is_grad_enabled()) or _is_traced(module):
             return self.original(module, *args, **kwargs)
-        inputs, spec = tree.flatten((args, kwargs))
-        with self._lock:
-            captured = self._find(module, args, kwargs, inputs, spec)
+        try:
+            captured, inputs = self._find(module, args, kwargs)
+        except CaptureError as error:
+            if self.options.strict:
+                raise
+            result = self.original(module, *args, **kwargs)  # its own errors come first
+            self._fall_back(module, args, kwargs, error)
+            return result
         if captured is None:
             return self.original(module, *args, **kwargs)
         return captured(inputs)
@@ -70,9 +75,13 @@ class Unit:
                 "rewrite(..., example_inputs=...): the model is in evaluation mode, where the "
                 "original forward runs. Call model.train() first"
             )
-        inputs, spec = tree.flatten((args, kwargs))
-        with torch.enable_grad(), self._lock:
-            self._find(module, args, kwargs, inputs, spec)
+        try:
+            with torch.enable_grad():
+                self._find(module, args, kwargs)
+        except CaptureError as error:
+            if self.options.strict:
+                raise
+            self._fall_back(module, args, kwargs, error)
 
     def for_module(self, module: nn.Module) -> Unit:
         """This unit, or a new one with the same options if `module` is a copy of its owner."""
@@ -81,34 +90,42 @@ class Unit:
         return Unit(module, self.original, self.options, self.on_instance)
 
     def _find(
-        self,
-        module: nn.Module,
-        args: Any,
-        kwargs: Any,
-        inputs: Sequence[torch.Tensor],
-        spec: tree.Spec,
-    ) -> Captured | None:
-        """What was captured for this call, captured now if it is the first of its kind."""
-        key = (self._state(module), signature.of_modes(), signature.of_arguments(spec, inputs))
+        self, module: nn.Module, args: Any, kwargs: Any
+    ) -> tuple[Captured | None, Sequence[torch.Tensor]]:
+        """What was captured for this call, captured now if it is the first of its kind.
+
+        Returns:
+            None if this call runs eagerly, and the flattened arguments.
+
+        Raises:
+            CaptureError: if the call cannot be captured.
+        """
+        inputs, spec = tree.flatten((args, kwargs))
+        with self._lock:
+            known = self._known(self._signature(module, inputs, spec))
+            if known is None:
+                return None, inputs
+            captured = next((c for c in known if c.guards_hold(inputs)), None)
+            if captured is None:
+                captured = self._capture(module, args, kwargs, spec)
+                known.append(captured)
+            if not captured.differentiable:
+                return None, inputs
+            self.latest = captured
+            return captured, inputs
+
+    def _signature(
+        self, module: nn.Module, inputs: Sequence[torch.Tensor], spec: tree.Spec
+    ) -> Hashable:
+        return self._state(module), signature.of_modes(), signature.of_arguments(spec, inputs)
+
+    def _known(self, key: Hashable) -> list[Captured] | None:
+        """What was captured for a signature, which is the latest used from now on."""
         known = self._captured.setdefault(key, [])
         self._captured.move_to_end(key)
-        if known is None:
-            return None
-        for captured in known:
-            if captured.guards_hold(inputs):
-                self.latest = captured
-                return captured
-        try:
-            known.append(self._capture(module, args, kwargs, spec))
-        except CaptureError as error:
-            self._captured[key] = None
-            self._fall_back(module, error)
-            return None
-        finally:
-            while len(self._captured) > self.options.cache_size:
-                self._captured.popitem(last=False)
-        self.latest = known[-1]
-        return self.latest
+        while len(self._captured) > self.options.cache_size:
+            self._captured.popitem(last=False)
+        return known
 
     def _state(self, module: nn.Module) -> int | None:
         state = self._watch.state()
@@ -131,15 +148,17 @@ class Unit:
             lambda: (watch.state(), signature.of_modes()),
         )
 
-    def _fall_back(self, module: nn.Module, error: CaptureError) -> None:
-        if self.options.strict:
-            raise error
+    def _fall_back(self, module: nn.Module, args: Any, kwargs: Any, error: CaptureError) -> None:
+        """Calls of this kind run eagerly from now on; says so once."""
+        inputs, spec = tree.flatten((args, kwargs))
+        with self._lock:
+            self._captured[self._signature(module, inputs, spec)] = None
         if not self._warned:
             self._warned = True
             warnings.warn(
                 f"{type(module).__name__} runs eagerly, without saving memory: {error}",
                 FallbackWarning,
-                stacklevel=7,
+                stacklevel=6,
             )
 
 

@@ -57,9 +57,7 @@ def verify(model: nn.Module, *args: Any, policy: Any = None, **kwargs: Any) -> N
 Observation = list[tuple[str, torch.Tensor | None]]
 
 
-def _observe(
-    model: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
-) -> Observation:
+def _observe(model: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Observation:
     """Everything that one step of `forward` leaves behind; the model is as before."""
     with _undone(model):
         inputs, spec = tree.flatten((args, kwargs))

@@ -1,0 +1,133 @@
+"""Which calls of which modules a forward operation was computed in.
+
+Capture records for each operation the innermost running module (`path`, `call`) and the classes of
+all running ones. What lies between is put together here:
+
+    path "h.3.attn.q", classes (GPT, Block, Attention, Linear)  ->  root, h.3, h.3.attn, h.3.attn.q
+
+`h` is a `ModuleList`, which is never called. A module that is called several times (shared layers)
+gets one `Call` each. Where two calls of it follow each other with nothing in between, the border
+is where its first operation comes again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Sequence
+
+from torch import nn
+from torch.fx import Node
+
+from fxckpt.joint import Joint
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Call:
+    """One call of one module; the root's path is `""`."""
+
+    path: str
+    index: int
+    cls: type
+
+    @property
+    def name(self) -> str:
+        """`"h.3.attn"`, or `"h.3.attn (call 2)"` from the second call on."""
+        return f"{self.path or '(root)'}" + (f" (call {self.index + 1})" if self.index else "")
+
+
+Chain = tuple[Call, ...]  # from the root to the innermost call
+
+
+def call_chains(joint: Joint) -> dict[Node, Chain]:
+    """The calls that each forward operation was computed in, from the root to the innermost."""
+    nodes = list(joint.forward_nodes())
+    called = _called_modules(nodes)
+    chains: dict[Node, Chain] = dict.fromkeys(nodes, ())
+    _descend(nodes, 0, called, {}, chains)
+    return chains
+
+
+def _descend(
+    nodes: Sequence[Node],
+    depth: int,
+    called: dict[Node, list[tuple[str, type]]],
+    counts: dict[str, int],
+    chains: dict[Node, Chain],
+) -> None:
+    """Appends the calls at `depth` to the chains of `nodes`, which share all calls above it."""
+    runs = itertools.groupby(nodes, lambda n: called[n][depth] if depth < len(called[n]) else None)
+    for module, run in runs:
+        if module is None:
+            continue
+        for part in _separate_calls(list(run), module[0]):
+            call = Call(module[0], counts.get(module[0], 0), module[1])
+            counts[module[0]] = call.index + 1
+            for node in part:
+                chains[node] = (*chains[node], call)
+            _descend(part, depth + 1, called, counts, chains)
+
+
+def _separate_calls(nodes: list[Node], path: str) -> list[list[Node]]:
+    """Splits operations that stand below one module into the calls of that module."""
+    known = [(i, n.meta["call"]) for i, n in enumerate(nodes) if n.meta["path"] == path]
+    borders = [0]
+    for (before, call), (after, next_call) in itertools.pairwise(known):
+        if call != next_call:
+            borders.append(_border(nodes, before + 1, after))
+    return [nodes[a:b] for a, b in itertools.pairwise([*borders, len(nodes)])]
+
+
+def _border(nodes: list[Node], start: int, stop: int) -> int:
+    """Where the next call begins between two operations known to be of different calls."""
+    entered = {_frame(n) for n in nodes[:start]}
+    for i in range(start, stop):
+        frame = _frame(nodes[i])
+        if frame[0] == nodes[0].meta["path"] and frame not in entered:
+            return i
+        entered.add(frame)
+    return stop
+
+
+def _frame(node: Node) -> tuple[str, int]:
+    return node.meta["path"], node.meta["call"]
+
+
+def _called_modules(nodes: Sequence[Node]) -> dict[Node, list[tuple[str, type]]]:
+    """Path and class of each running module, from the root on."""
+    known = {n.meta["path"]: n.meta["types"][-1] for n in nodes if n.meta["types"]}
+    rooted = _has_root(nodes)
+
+    @functools.cache
+    def modules(path: str, types: tuple[type, ...]) -> list[tuple[str, type]]:
+        root, *inner = types if rooted else (object, *types)
+        prefixes = list(itertools.accumulate(path.split("."), "{}.{}".format)) if path else []
+        return [("", root), *zip(_likely(prefixes, inner, known), inner, strict=True)]
+
+    return {n: modules(n.meta["path"], n.meta["types"]) for n in nodes}
+
+
+def _has_root(nodes: Sequence[Node]) -> bool:
+    """Whether a module was captured: paths in a bare function are made of class names."""
+
+    def of_names(node: Node) -> bool:
+        return ".".join(t.__name__ for t in node.meta["types"]) == node.meta["path"]
+
+    return not all(of_names(n) for n in nodes)
+
+
+def _likely(prefixes: list[str], types: list[type], known: dict[str, type]) -> tuple[str, ...]:
+    """The prefixes of a path that were called, given the classes of what was called."""
+
+    def doubt(chosen: tuple[str, ...]) -> int:
+        pairs = list(zip(chosen, types, strict=True))
+        contradicted = sum(known.get(prefix, cls) is not cls for prefix, cls in pairs)
+        return 4 * contradicted + sum(is_list(prefix, cls) for prefix, cls in pairs)
+
+    def is_list(prefix: str, cls: type) -> bool:
+        numbered = any(p.removeprefix(f"{prefix}.").isdigit() for p in prefixes)
+        return numbered and not issubclass(cls, nn.Sequential)
+
+    # Lists of modules tend to stand above what is called: of equals, the last combination.
+    return min(reversed([*itertools.combinations(prefixes, len(types))]), key=doubt)

@@ -1,0 +1,74 @@
+"""Every named policy trains every model to the same bits as eager."""
+
+import pytest
+import torch
+from helpers import MODELS, POLICIES, adamw, assert_same, build_step, captures, sgd, train
+
+import fxckpt
+from bench.models import build
+
+# Dropout wherever a model has it, so that recomputation has to replay it.
+SIZES = {
+    "llama": {"dropout": 0.1},
+    "mixtral": {"dropout": 0.1},
+    "vit": {"dropout": 0.1},
+    "mlp": {"dropout": 0.1},
+}
+
+
+@pytest.fixture(scope="module")
+def eager() -> dict[str, list]:
+    """What eager training of each model does, by name; filled when first asked for."""
+    return {}
+
+
+def case_of(name: str):
+    return build(name, tiny=True, **SIZES.get(name, {}))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", MODELS)
+def test_policy_is_exact(name: str, policy: str, eager: dict[str, list]) -> None:
+    optimizer = sgd if name in ("resnet", "unet") else adamw
+    if name not in eager:
+        case = case_of(name)
+        eager[name] = train(case.model, build_step(case), optimizer=optimizer)
+    case = case_of(name)
+    model = fxckpt.rewrite(case.model, policy, strict=True)
+    assert_same(eager[name], train(model, build_step(case), optimizer=optimizer))
+    assert len(captures(model)) == 1
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_draw_random_numbers_or_update_statistics(name: str) -> None:
+    """Otherwise the test above would not test that."""
+    case = case_of(name)
+    before, buffers = torch.get_rng_state(), [b.clone() for b in case.model.buffers()]
+    case.model(**case.batch(0))
+    moved = any(not torch.equal(a, b) for a, b in zip(buffers, case.model.buffers(), strict=True))
+    assert moved or not torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("policy", ["everything", "nothing", "dots", "block"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "resnet"])
+def test_policy_is_exact_on_cuda(name: str, policy: str) -> None:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        results = []
+        for rewritten in (False, True):
+            case = case_of(name)
+            model = case.model.cuda()
+            if rewritten:
+                model = fxckpt.rewrite(model, policy, strict=True)
+            torch.cuda.manual_seed(0)
+            for number in range(2):
+                batch = {k: v.cuda() for k, v in case.batch(number).items()}
+                case.loss(model(**batch)).backward()
+            state = torch.cuda.get_rng_state()
+            results.append([*(p.grad for p in model.parameters()), *model.buffers(), state])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for expected, got in zip(*results, strict=True):
+        assert (expected is None) == (got is None)
+        assert got is None or torch.equal(expected, got)
