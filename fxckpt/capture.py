@@ -1,4 +1,4 @@
-"""Callable and example inputs in, `Tape` out; and from the tape a `Joint` per backward.
+"""Callable and example inputs in, `Tape` out.
 
 NOTE [What capture may not do]
 
@@ -12,16 +12,11 @@ eager takes. So the callable runs once, on fake tensors (no memory, no random nu
   tensors are told that there are none;
 - values that Python reads are computed if they follow from integer or boolean arguments and from
   constants; they become guards. Other reads are refused.
-
-Backward depends on which outputs get a gradient, and on its strides, which is certain only when
-backward is called. So a `Tape` keeps the fake autograd graph, and `Tape.joint` runs it once for
-each `BackwardKey` that occurs.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -30,104 +25,16 @@ import torch
 from torch import nn
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx import Graph, Node
+from torch.fx import Node
 
-from fxckpt import invisible, ops, tree
+from fxckpt import invisible, tree
 from fxckpt.errors import CaptureError
-from fxckpt.joint import Joint, Primal, reachable
-from fxckpt.recorder import Place, Recorder, user_source, user_source_of
-from fxckpt.state import held_tensors, substituted
+from fxckpt.joint import Primal
+from fxckpt.places import Places
+from fxckpt.recorder import Recorder
+from fxckpt.state import Assignment, Held, held_tensors, substituted
+from fxckpt.tape import Result, Tape, reported
 from fxckpt.values import Guard, make_guard, summary
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class BackwardKey:
-    """All that the backward of a captured forward depends on.
-
-    `cotangents` has, for each output, the strides and dtype of its gradient, or None if none comes;
-    `autocast` is the autocast state in which backward is called.
-    """
-
-    cotangents: tuple[tuple[tuple[int, ...], torch.dtype] | None, ...]
-    autocast: AutocastState = ()
-
-
-AutocastState = tuple[tuple[str, torch.dtype], ...]  # device types where it is on, and its dtype
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Result:
-    """How a tensor in the result of the callable is made from what the graph returns.
-
-    `origin` is the index of a graph output, or the name of the primal that the result is a view of.
-    `views` are applied to it one after the other, in grad mode: (operation, arguments after the
-    first, keyword arguments, which of several results).
-    """
-
-    origin: int | str
-    views: tuple[tuple[OpOverload, tuple[Any, ...], dict[str, Any], int | None], ...]
-
-
-@dataclasses.dataclass(slots=True)
-class Tape:
-    """A captured forward, from which `joint` derives backward for any `BackwardKey`."""
-
-    recorder: Recorder
-    places: _Places
-    primals: list[Primal]
-    outputs: list[torch.Tensor]  # fakes, one per storage that forward returns
-    output_nodes: list[Node]
-    results: list[Result]
-    spec: tree.Spec  # structure of the result
-    guards: list[Guard]
-
-    def expected_backward(self) -> BackwardKey:
-        """The likely backward: the loss alone if there is a differentiable scalar, else all."""
-        scalars = [t.requires_grad and t.dim() == 0 for t in self.outputs]
-        chosen = scalars if any(scalars) else [t.requires_grad for t in self.outputs]
-        return BackwardKey(
-            tuple(
-                (_dense_strides(t), t.dtype) if c else None
-                for t, c in zip(self.outputs, chosen, strict=True)
-            )
-        )
-
-    def joint(self, key: BackwardKey) -> Joint:
-        """Forward, and backward for `key`, in one graph.
-
-        Raises:
-            CaptureError: if backward does something that a graph cannot reproduce.
-        """
-        recorder = self.recorder
-        recorder.phase = "backward"
-        fakes, cotangents = self._cotangents(key)
-        outputs = [t for t, c in zip(self.outputs, key.cotangents, strict=True) if c is not None]
-        leaves = [(p, leaf) for p in self.primals for leaf in p.leaves if leaf.requires_grad]
-        grads: list[torch.Tensor | None] = []
-        if outputs and leaves:
-            with _reported("backward"), recorder.fake_mode, recorder, autocast_as(key.autocast):
-                grads = list(
-                    torch.autograd.grad(
-                        outputs, [t for _, t in leaves], fakes, retain_graph=True, allow_unused=True
-                    )
-                )
-        by_primal: dict[str, Node | None] = {p.name: None for p in self.primals if p.requires_grad}
-        for (primal, _), grad in zip(leaves, grads, strict=bool(grads)):
-            if grad is not None:
-                if by_primal[primal.name] is not None:
-                    raise CaptureError(f"{primal.name} is reached in two ways, one of them hidden")
-                by_primal[primal.name] = recorder.node_for(grad)
-        return _extract(self, cotangents, by_primal)
-
-    def _cotangents(self, key: BackwardKey) -> tuple[list[torch.Tensor], list[Node]]:
-        fakes, nodes = [], []
-        for i, (out, c) in enumerate(zip(self.outputs, key.cotangents, strict=True)):
-            if c is not None:
-                with self.recorder.fake_mode:
-                    fake = torch.empty_strided(out.size(), c[0], dtype=c[1], device=out.device)
-                fakes.append(fake)
-                nodes.append(self.recorder.add_placeholder(fake, f"cotangent_{i}"))
-        return fakes, nodes
 
 
 def capture(
@@ -171,30 +78,28 @@ class _Session:
     def __init__(self, module: nn.Module | None, args: Any, kwargs: dict[str, Any]) -> None:
         self.module = module
         self.inputs, self.input_spec = tree.flatten((args, kwargs))
-        self.held = held_tensors(module) if module is not None else {}
+        self.held = _held(module) if module is not None else {}
         everything = [*self.inputs, *(h.tensor for h in self.held.values())]
         for tensor in everything:
             _refuse_exotic(tensor)
         own = next((t.fake_mode for t in everything if isinstance(t, FakeTensor)), None)
         self.fake_mode = own or FakeTensorMode(allow_non_fake_inputs=True)
-        self.places = _Places(module)
+        self.places = Places(module)
         self.recorder = Recorder(self.fake_mode, self._adopt, self.places, self._read)
-        self.places.recorder = self.recorder
         self.primals: dict[int, Primal] = {}  # by id of the real tensor
         self.real: dict[Node, torch.Tensor] = {}  # placeholders whose values Python may read
         self.guards: list[Guard] = []
 
     def run(self, fn: Callable[..., Any]) -> Tape:
         for held in self.held.values():
-            source = held.slots[0] if held.slots else ((held.tensor,), 0)
-            self._add_primal(held.tensor, held.name, held.kind, source)
+            self._add_primal(held.tensor, held.name, held.kind, held.slots[0])
         labels = _input_names(self.input_spec)
         for i, (tensor, label) in enumerate(zip(self.inputs, labels, strict=True)):
             if id(tensor) not in self.primals:
                 self._add_primal(tensor, label, "input", (None, i))
         fakes = [self.primals[id(t)].fake for t in self.inputs]
         args, kwargs = tree.unflatten(self.input_spec, fakes)
-        with self._in_disguise():
+        with self._in_disguise() as assignments:
             result = fn(*args, **kwargs)
         after, spec_after = tree.flatten((args, kwargs))
         same = spec_after == self.input_spec and all(
@@ -202,13 +107,18 @@ class _Session:
         )
         if not same:
             raise CaptureError("forward changes an object that was passed as an argument")
-        return self._tape(result)
+        return self._tape(result, assignments)
 
     @contextlib.contextmanager
-    def _in_disguise(self) -> Iterator[None]:
-        """All that hides the capture from the program, and the program's effects from the rest."""
+    def _in_disguise(self) -> Iterator[list[Assignment]]:
+        """All that hides the capture from the program, and the program's effects from the rest.
+
+        Yields:
+            A list that holds, afterwards, what the program assigned to modules.
+        """
+        assignments: list[Assignment] = []
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_reported("forward"))
+            stack.enter_context(reported("forward"))
             stack.enter_context(invisible.unchanged_random_states())
             stack.enter_context(invisible.fresh_autocast_cache())
             if not isinstance(next(iter(self.inputs), None), FakeTensor):
@@ -216,11 +126,11 @@ class _Session:
             if self.module is not None:
                 invisible.refuse_hooks(self.module)
                 fakes = {key: p.fake for key, p in self.primals.items()}
-                stack.enter_context(substituted(self.module, fakes))
+                assignments = stack.enter_context(substituted(self.module, fakes))
             stack.enter_context(self.places.followed())
             stack.enter_context(self.fake_mode)
             stack.enter_context(self.recorder)
-            yield
+            yield assignments
 
     # -- primals
 
@@ -269,9 +179,9 @@ class _Session:
 
     # -- the result
 
-    def _tape(self, result: Any) -> Tape:
+    def _tape(self, result: Any, assignments: list[Assignment]) -> Tape:
         recorder = self.recorder
-        tensors, spec = tree.flatten(result)
+        tensors, spec = tree.flatten((result, [a.value for a in assignments]))
         fakes = {id(p.fake): p for p in self.primals.values()}
         outputs: list[torch.Tensor] = []
         results: dict[int, Result] = {}  # by id of the tensor: the same tensor, the same result
@@ -299,6 +209,7 @@ class _Session:
             [recorder.node_for(t) for t in outputs],
             [results[id(t)] for t in tensors],
             spec,
+            [a.slot for a in assignments],
             self.guards,
         )
 
@@ -319,95 +230,11 @@ class _Session:
         return self.inputs[key] if container is None else container[key]
 
 
-class _Places:
-    """Where in the user's program the recorder is: callable for `Recorder.place`.
-
-    Forward operations get the innermost running module and the user's source line; backward ones
-    get those of the forward operation that created the running autograd node, found by the
-    sequence number that autograd gives to both.
-    """
-
-    def __init__(self, module: nn.Module | None) -> None:
-        self.recorder: Recorder
-        self._paths: dict[int, str] = {}
-        if module is not None:
-            for path, m in module.named_modules():
-                self._paths.setdefault(id(m), path)
-        self._stack = [Place(types=(type(module),) if module is not None else ())]
-        self._calls: dict[str, int] = {}
-        self._by_sequence: dict[int, Place] = {}
-
-    def __call__(self) -> Place:
-        if self.recorder.phase == "backward":
-            node = torch._C._current_autograd_node()
-            missing = Place()
-            return missing if node is None else self._by_sequence.get(node._sequence_nr(), missing)
-        place = dataclasses.replace(self._stack[-1], source=user_source())
-        self._by_sequence.setdefault(torch.autograd._get_sequence_nr() - 1, place)
-        return place
-
-    @contextlib.contextmanager
-    def followed(self) -> Iterator[None]:
-        """Follows calls of modules of this thread while active."""
-        with invisible.module_calls(self._enter, self._leave):
-            yield
-
-    def _enter(self, m: nn.Module) -> None:
-        above = self._stack[-1]
-        path = self._paths.get(id(m)) or f"{above.path}.{type(m).__name__}".lstrip(".")
-        self._calls[path] = self._calls.get(path, -1) + 1
-        self._stack.append(Place(path, self._calls[path], (*above.types, type(m))))
-
-    def _leave(self) -> None:
-        self._stack.pop()
-
-
-def _extract(tape: Tape, cotangents: list[Node], grads: dict[str, Node | None]) -> Joint:
-    """The part of the tape that outputs, writes and these gradients need, as a graph of its own."""
-    recorder = tape.recorder
-    outputs = tape.output_nodes
-    writes = {
-        p.name: recorder.storage_of(p.fake).node
-        for p in tape.primals
-        if recorder.storage_of(p.fake).version
-    }
-    nodes = recorder.graph.nodes
-    random = [
-        n
-        for n in nodes
-        if n.op == "call_function" and n.meta["phase"] == "forward" and ops.node_is_random(n)
-    ]
-    wanted = [*outputs, *writes.values(), *(g for g in grads.values() if g is not None)]
-    needed = reachable([*wanted, *random]) | set(cotangents)
-    graph, copies = Graph(), {}
-
-    def copy(node: Node) -> None:
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-        alias = node.meta.get("alias")
-        if alias is not None:
-            copies[node].meta["alias"] = copies[alias]
-
-    names = {p.node: p.name for p in tape.primals}
-    primals = [n for n in nodes if n in needed and n in names]
-    operations = [n for n in nodes if n in needed and n.op == "call_function"]
-    for node in (*primals, *cotangents, *operations):
-        copy(node)
-    graph.output(tuple(copies[n] for n in wanted))
-    return Joint(
-        graph,
-        {names[n]: copies[n] for n in primals},
-        [copies[n] for n in cotangents],
-        [copies[n] for n in outputs],
-        {name: copies[n] for name, n in writes.items()},
-        {name: None if n is None else copies[n] for name, n in grads.items()},
-    )
-
-
 def _base_and_views(recorder: Recorder, tensor: torch.Tensor) -> tuple[torch.Tensor, Any]:
     """The tensor that owns the storage in the eyes of autograd, and the way from there.
 
-    A tensor that needs a gradient and is not a view is such a base, even if it was made by detaching
-    another one, as autograd does with the results of factory functions.
+    A tensor that needs a gradient and is not a view is such a base, even if it was made by
+    detaching another one, as autograd does with the results of factory functions.
     """
     steps: list[Any] = []
     base = tensor
@@ -422,22 +249,16 @@ def _base_and_views(recorder: Recorder, tensor: torch.Tensor) -> tuple[torch.Ten
     return base, tuple(steps)
 
 
-@contextlib.contextmanager
-def _reported(phase: str) -> Iterator[None]:
-    """Turns whatever goes wrong while recording into a `CaptureError` that says where it was."""
-    try:
-        yield
-    except CaptureError as error:
-        if error.source:
-            raise
-        source = user_source_of(error)
-        raise CaptureError(error.reason, path=error.path, source=source, hint=error.hint) from error
-    except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        raise CaptureError(
-            f"{phase} raised {type(error).__name__} while it was captured: {first}",
-            source=user_source_of(error),
-        ) from error
+def _held(module: nn.Module) -> dict[int, Held]:
+    """The tensors of a module; of mere attributes those that can be captured, if they are used."""
+
+    def usable(held: Held) -> bool:
+        with contextlib.suppress(CaptureError):
+            _refuse_exotic(held.tensor)
+            return True
+        return held.kind != "attribute"
+
+    return {key: held for key, held in held_tensors(module).items() if usable(held)}
 
 
 def _refuse_exotic(tensor: torch.Tensor) -> None:
@@ -477,11 +298,6 @@ def _same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.untyped_storage()._cdata == b.untyped_storage()._cdata
 
 
-def _dense_strides(tensor: torch.Tensor) -> tuple[int, ...]:
-    """Strides of a gradient of `tensor` as most operations produce it."""
-    return tuple(torch.empty_like(tensor, device="meta").stride())
-
-
 def _input_names(spec: tree.Spec) -> list[str]:
     """`"x[0]"` for the positional arguments, the bare name for the keyword arguments."""
     positional, keyword = spec.children
@@ -490,34 +306,3 @@ def _input_names(spec: tree.Spec) -> list[str]:
         *tree.names(positional, "args"),
         *(n for key, child in named for n in tree.names(child, str(key))),
     ]
-
-
-def autocast_state() -> AutocastState:
-    """The device types for which autocast is on, with the dtype it casts to."""
-    return tuple(
-        (device, torch.get_autocast_dtype(device))
-        for device in _AUTOCAST_DEVICES
-        if torch.is_autocast_enabled(device)
-    )
-
-
-_AUTOCAST_DEVICES = ("cpu", "cuda")
-
-
-@contextlib.contextmanager
-def autocast_as(state: AutocastState) -> Iterator[None]:
-    """Autocast exactly as in `state`, whatever it was."""
-    before = autocast_state()
-    _set_autocast(state)
-    try:
-        yield
-    finally:
-        _set_autocast(before)
-
-
-def _set_autocast(state: AutocastState) -> None:
-    on = dict(state)
-    for device in _AUTOCAST_DEVICES:
-        torch.set_autocast_enabled(device, device in on)
-        if device in on:
-            torch.set_autocast_dtype(device, on[device])

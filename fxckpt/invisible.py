@@ -1,4 +1,4 @@
-"""What hides a capture from the captured program, and checks that the program stays in its bounds."""
+"""What hides a capture from the captured program, and keeps the program within its bounds."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def no_fake_tensors_seen() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for module, name in _FAKE_CHECKS:
             if hasattr(sys.modules.get(module), name):
-                stack.enter_context(mock.patch(f"{module}.{name}", lambda _: False))
+                stack.enter_context(mock.patch(f"{module}.{name}", return_value=False))
         yield
 
 
@@ -53,7 +53,7 @@ def unchanged_random_states() -> Iterator[None]:
     finally:
         python, numpy_, torch_ = before
         random.setstate(python)
-        np.random.set_state(numpy_)  # noqa: NPY002
+        np.random.set_state(numpy_)
         with outside_of_modes():
             state = torch.frombuffer(bytearray(torch_), dtype=torch.uint8)
             torch.default_generator.set_state(state)
@@ -63,10 +63,10 @@ _GENERATORS = ("`random`", "`numpy.random`", "the default torch generator")
 
 
 def _random_states() -> tuple[Any, Any, bytes]:
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002
+    name, keys, *rest = np.random.get_state(legacy=True)
     with outside_of_modes():
         torch_ = bytes(torch.default_generator.get_state().numpy())
-    return random.getstate(), (name, tuple(keys.tolist()), *rest), torch_
+    return random.getstate(), (name, tuple(np.asarray(keys).tolist()), *rest), torch_
 
 
 @contextlib.contextmanager

@@ -167,7 +167,7 @@ class Value:
 
 
 def producer(node: Node) -> Node:
-    """The operation that computed a value: looks through the selection of one of several results."""
+    """The operation that computed a value, also if the value is one of several results."""
     while node.target is getitem and isinstance(node.args[0], Node):
         node = node.args[0]
     return node

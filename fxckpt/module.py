@@ -71,14 +71,14 @@ def rewrite(
 
     Example:
         >>> import torch, fxckpt
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GELU(), torch.nn.Linear(4, 1))
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GELU())
         >>> lean = fxckpt.rewrite(model, policy="dots")
         >>> lean(torch.ones(2, 4)).sum().backward()
         >>> model[0].weight.grad.shape
         torch.Size([4, 4])
     """
     _require_module("rewrite", model)
-    new = object.__new__(_original_class(model))
+    new: M = object.__new__(_original_class(model))
     new.__dict__.update(_original_dict(model))
     return rewrite_(
         new,
@@ -198,21 +198,21 @@ def _original_dict(model: nn.Module) -> dict[str, Any]:
 
 def _plain(model: M) -> M:
     """The module without its unit: the original class, same attributes."""
-    plain = object.__new__(_original_class(model))
+    plain: M = object.__new__(_original_class(model))
     plain.__dict__.update(_original_dict(model))
     return plain
 
 
-_SUBCLASSES: weakref.WeakValueDictionary[type, type] = weakref.WeakValueDictionary()
+_SUBCLASSES: weakref.WeakValueDictionary[type, Any] = weakref.WeakValueDictionary()
 
 
-def _subclass(cls: type) -> type:
+def _subclass(cls: Any) -> Any:
     """The class of rewritten modules of class `cls`."""
     known = _SUBCLASSES.get(cls)
     if known is not None:
         return known
     names = {"__qualname__": cls.__qualname__, "__module__": cls.__module__, "__doc__": cls.__doc__}
-    new = types.new_class(cls.__name__, (cls,), exec_body=lambda ns: ns.update(names))
+    new: Any = types.new_class(cls.__name__, (cls,), exec_body=lambda ns: ns.update(names))
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return _unit(self)(self, args, kwargs)
@@ -230,7 +230,8 @@ def _subclass(cls: type) -> type:
 
 def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
     """Pickles the module as its original class, loadable without fxckpt."""
-    func, args, *rest = _plain(self).__reduce_ex__(protocol)
+    reduced: Any = _plain(self).__reduce_ex__(protocol)
+    func, args, *rest = reduced
     if func is copyreg.__newobj__:  # type: ignore[attr-defined]
         # pickle refuses this function for an object of another class than the one it names.
         func, args = copyreg._reconstructor, (args[0], object, None)  # type: ignore[attr-defined]

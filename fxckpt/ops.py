@@ -171,22 +171,26 @@ def is_new_statistic(node: Node) -> bool:
     """Whether a value is an updated running statistic, which is computed once, in forward."""
     if node.target is not getitem:
         return False
+    parent: Any
+    index: Any
     parent, index = node.args
     return without_statistics(parent) is not None and index >= _fresh_count(parent)
 
 
 def without_statistics(node: Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
     """Target and arguments of an operation without its running statistics, if it updates any."""
-    if node.target is not inplace or node.args[0]._schema.name not in _HIDDEN_STATISTICS:
+    op = operation(node)
+    if node.target is not inplace or op._schema.name not in _HIDDEN_STATISTICS:
         return None
-    positions, _ = _HIDDEN_STATISTICS[node.args[0]._schema.name]
+    positions, _ = _HIDDEN_STATISTICS[op._schema.name]
     args = tuple(None if i in positions else a for i, a in enumerate(op_arguments(node)))
-    return node.args[0], args, dict(node.kwargs)
+    return op, args, dict(node.kwargs)
 
 
 def _fresh_count(node: Node) -> int:
     """How many results of an `inplace` node stand before the new contents of its arguments."""
-    return len(node.meta["val"]) - len(node.args[1])
+    plan: Any = node.args[1]
+    return len(node.meta["val"]) - len(plan)
 
 
 def clone_exactly(x: torch.Tensor) -> torch.Tensor:

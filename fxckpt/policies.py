@@ -1,28 +1,224 @@
 """Policies: which forward values backward may keep, and which it has to compute again.
 
-A policy is a function from a `Value` to `SAVE` or `RECOMPUTE`. What backward does not read is never
-saved, whatever the policy says.
+A policy is a function from a `Value` to `SAVE` or `RECOMPUTE`, or one of the names in `NAMES`. What
+backward does not read is never saved, whatever the policy says.
+
+    "everything"    save all, as eager does
+    "nothing"       recompute all from the arguments
+    "dots"          save products (matrix products, convolutions, attention), recompute the rest
+    "attention"     recompute what lies inside attention layers
+    "mlp"           recompute what lies inside feed-forward layers, mixtures of experts included
+    "norm"          recompute normalisations, their results too
+    "block"         recompute what lies inside repeated blocks
+    "sqrt"          save what crosses the cuts between about sqrt(n) equal segments, no more
+
+The functions at the end are those of `jax.checkpoint_policies`, under the same names.
 """
+
 from __future__ import annotations
+
+import difflib
 import enum
 from collections.abc import Callable
 from typing import Any
+
 from torch.fx import Node
+
 from fxckpt import ops
+from fxckpt.errors import PolicyError
 from fxckpt.joint import Joint, Value
+from fxckpt.regions import Region, Structure, all_of, norms
+from fxckpt.segments import blocks, segment_inputs
+from fxckpt.selectors import Selection, Selector, flat, listed
+from fxckpt.sublayers import attentions, mlps
+
 
 class Decision(enum.Enum):
+    """What a policy answers for a value."""
+
     SAVE = "save"
     RECOMPUTE = "recompute"
 
+
 SAVE, RECOMPUTE = Decision.SAVE, Decision.RECOMPUTE
 
+Policy = Callable[[Value], Decision | bool]
+Decide = Callable[[Joint], set[Node]]
 
-def resolve(policy: Any, save: Any = (), recompute: Any = ()) -> Callable[[Joint], set[Node]]:
-    if policy == "dots":
-        policy = lambda v: SAVE if ops.is_matrix_like(v.op) else RECOMPUTE
-    elif policy == "everything":
-        policy = lambda v: SAVE
-    elif policy == "nothing":
-        policy = lambda v: RECOMPUTE
-    return lambda joint: {v.node for v in joint.values() if policy(v) is SAVE}
+
+def resolve(
+    policy: Policy | str | None = None, *, save: Selector = (), recompute: Selector = ()
+) -> Decide:
+    """Makes one function of a policy and selectors: from a joint graph to the values to save.
+
+    Selectors (see `fxckpt.selectors`) go before the policy, and `save` goes before `recompute`:
+    `recompute="layers.*", save="layers.*.attn"` recomputes layers without their attention. Without
+    a policy, what no selector matches is saved if there is `recompute`, and recomputed if there is
+    only `save`.
+
+    Of modules that `recompute` selects, all is recomputed, except what one of them hands to
+    another: so recomputation never goes back further than through one of them.
+
+    Args:
+        policy: One of `NAMES`, or a function that returns `SAVE` or `RECOMPUTE` (or True for
+            "save", as in JAX) for a `Value`.
+        save: What to save.
+        recompute: What to recompute.
+
+    Raises:
+        PolicyError: if these are no policy or no selectors. The function that is returned raises it
+            if a selector matches nothing in the joint graph, or it has no layers of the kind.
+
+    Example:
+        >>> decide = resolve("dots", recompute="lm_head")
+    """
+    saving, recomputing = flat(save, "save"), flat(recompute, "recompute")
+    if policy is None and not saving and not recomputing:
+        raise PolicyError(
+            "nothing says what to recompute: give a policy "
+            f"({listed(NAMES)} or a function), a budget, or save= and recompute= selectors"
+        )
+    default = _of_policy(policy) if policy is not None else None
+
+    def decide(joint: Joint) -> set[Node]:
+        values = {v.node for v in joint.values()}
+        if default is not None:
+            chosen = default(joint)
+        else:
+            chosen = values if recomputing else set()
+        if not saving and not recomputing:
+            return chosen
+        structure = Structure(joint)
+        dropped = Selection(structure, recomputing, "recompute")
+        kept = Selection(structure, saving, "save")
+        chosen = chosen - dropped.nodes - all_of(structure, dropped.regions())
+        return chosen | kept.all_nodes()
+
+    return decide
+
+
+def _of_policy(policy: Any) -> Decide:
+    if isinstance(policy, str):
+        if policy not in NAMES:
+            near = difflib.get_close_matches(policy, NAMES, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise PolicyError(f"unknown policy {policy!r}: the names are {listed(NAMES)}{hint}")
+        return NAMES[policy]
+    if isinstance(policy, type) or not callable(policy):
+        raise PolicyError(
+            f"policy={policy!r} is no policy: expected one of {listed(NAMES)}, or a function from "
+            "a value to fxckpt.SAVE or fxckpt.RECOMPUTE. To select modules or operations, use "
+            "save= or recompute="
+        )
+    return lambda joint: {v.node for v in joint.values() if _answer(policy, v) is SAVE}
+
+
+def _answer(policy: Policy, value: Value) -> Decision:
+    """The decision of a policy; the one place where booleans are understood."""
+    answer = policy(value)
+    if isinstance(answer, Decision):
+        return answer
+    if isinstance(answer, bool):
+        return SAVE if answer else RECOMPUTE
+    raise PolicyError(
+        f"the policy {getattr(policy, '__qualname__', policy)} returned {answer!r} for {value!r}; "
+        "expected fxckpt.SAVE, fxckpt.RECOMPUTE, True or False"
+    )
+
+
+# --- policies that are functions ----------------------------------------------------------------
+
+
+def everything_saveable(value: Value) -> Decision:
+    """Saves all, as eager does."""
+    return SAVE
+
+
+def nothing_saveable(value: Value) -> Decision:
+    """Recomputes all from the arguments."""
+    return RECOMPUTE
+
+
+def dots_saveable(value: Value) -> Decision:
+    """Saves matrix products, convolutions, recurrent layers and attention; recomputes the rest."""
+    return SAVE if ops.is_matrix_like(value.op) else RECOMPUTE
+
+
+def dots_with_no_batch_dims_saveable(value: Value) -> Decision:
+    """Saves products with weights, not the batched ones such as attention scores."""
+    return SAVE if ops.schema_name(value.op) in _UNBATCHED else RECOMPUTE
+
+
+_UNBATCHED = frozenset(
+    f"aten::{name}" for name in ("mm", "addmm", "mv", "addmv", "dot", "linear", "_scaled_mm")
+)
+
+
+def save_only_these_names(*names: str) -> Policy:
+    """Saves the values that `fxckpt.name` gave one of these names; recomputes the rest."""
+    return lambda value: SAVE if set(names) & set(value.tags) else RECOMPUTE
+
+
+def save_anything_except_these_names(*names: str) -> Policy:
+    """Saves all but the values that `fxckpt.name` gave one of these names."""
+    return lambda value: RECOMPUTE if set(names) & set(value.tags) else SAVE
+
+
+def save_any_names_but_these(*names: str) -> Policy:
+    """Saves the values that `fxckpt.name` gave a name, if it is none of these."""
+    return lambda value: SAVE if set(value.tags) - set(names) else RECOMPUTE
+
+
+def save_from_both_policies(first: Policy, second: Policy) -> Policy:
+    """Saves what either of two policies saves."""
+
+    def either(value: Value) -> Decision:
+        return SAVE if SAVE in (_answer(first, value), _answer(second, value)) else RECOMPUTE
+
+    return either
+
+
+# --- policies by name ---------------------------------------------------------------------------
+
+
+def _inside(kind: str, find: Callable[[Structure], list[Region]]) -> Decide:
+    """Recomputes what is inside regions, and saves their results and all else."""
+
+    def decide(joint: Joint) -> set[Node]:
+        structure = Structure(joint)
+        inside = (structure.inside(r.nodes) for r in _found(kind, find(structure)))
+        return {v.node for v in joint.values()}.difference(*inside)
+
+    return decide
+
+
+def _norm(joint: Joint) -> set[Node]:
+    structure = Structure(joint)
+    regions = _found("norm", norms(structure))
+    return {v.node for v in joint.values()} - all_of(structure, regions)
+
+
+def _found(kind: str, regions: list[Region]) -> list[Region]:
+    if regions:
+        return regions
+    if kind == "block":
+        raise PolicyError(
+            'policy="block" finds no modules of one class that are called several times and are '
+            'worth recomputing; policy="sqrt" needs no modules, recompute= selects some by name'
+        )
+    raise PolicyError(
+        f'policy="{kind}" finds no {kind} layers in this model; select them with recompute=, by '
+        "module path or class"
+    )
+
+
+NAMES: dict[str, Decide] = {
+    "everything": _of_policy(everything_saveable),
+    "nothing": _of_policy(nothing_saveable),
+    "dots": _of_policy(dots_saveable),
+    "attention": _inside("attention", attentions),
+    "mlp": _inside("mlp", mlps),
+    "norm": _norm,
+    "block": _inside("block", blocks),
+    "sqrt": lambda joint: segment_inputs(Structure(joint)),
+}

@@ -20,11 +20,8 @@ recorder keeps alive; so no table of view operations is needed.
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable
 from operator import getitem
-from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -36,10 +33,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxckpt import ops, shapes
 from fxckpt.errors import CaptureError
+from fxckpt.places import Place
 
 aten = torch.ops.aten
-_TORCH = str(Path(torch.__file__).parent)
-_HERE = str(Path(__file__).parent)
 
 
 @dataclasses.dataclass(slots=True)
@@ -75,20 +71,10 @@ class _Entry:
     recipe: Recipe | None
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Place:
-    """Where in the user's program an operation was run."""
-
-    path: str = ""
-    call: int = 0
-    types: tuple[type, ...] = ()
-    source: str = ""
-
-
 class Adopt(Protocol):
     """See `Recorder`."""
 
-    def __call__(  # noqa: D102
+    def __call__(
         self, tensor: torch.Tensor, *, literal: bool = False
     ) -> tuple[Node, torch.Tensor]: ...
 
@@ -155,7 +141,7 @@ class Recorder(TorchDispatchMode):
 
     # -- recording
 
-    def __torch_dispatch__(  # noqa: D105
+    def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
@@ -243,9 +229,10 @@ class Recorder(TorchDispatchMode):
             self._bind_twin(out, storage, func)
             return
         parent = args_on_it[0]
-        node.meta["alias"] = node.args[0] if node.target is getitem else self.node_for(parent)
-        if node.target is getitem:
-            node.args[0].meta["alias"] = self.node_for(parent)
+        node.meta["alias"] = self.node_for(parent)
+        if i is not None:  # one view of several: a view of the list of views
+            views: Any = node.args[0]
+            views.meta["alias"], node.meta["alias"] = node.meta["alias"], views
         if out is not parent:
             recipe = Recipe(parent, func, args, kwargs, i)
             self._entries[id(out)] = self._alias_entry(out, node, recipe)
@@ -367,7 +354,7 @@ def _view_within(tensor: torch.Tensor, base: torch.Tensor) -> ops.View | None:
         return None
     if tensor.dtype != base.dtype:
         raise CaptureError("forward mutates a view of another element type")
-    offset = tensor.storage_offset() - base.storage_offset()
+    offset = int(tensor.storage_offset() - base.storage_offset())
     return tuple(tensor.size()), tuple(tensor.stride()), offset
 
 
@@ -381,31 +368,3 @@ def _has_tensor(tree: Any) -> bool:
     return isinstance(tree, torch.Tensor) or (
         isinstance(tree, (tuple, list)) and any(isinstance(t, torch.Tensor) for t in tree)
     )
-
-
-def user_source() -> str:
-    """`"file.py:31"` of the innermost frame that is the user's, not torch's or ours."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        if _is_users(frame):
-            return _line(frame, frame.f_lineno)
-        frame = frame.f_back  # type: ignore[assignment]
-    return ""
-
-
-def user_source_of(error: BaseException) -> str:
-    """`"file.py:31"` of the innermost frame of the user's program that an error went through."""
-    trace, found = error.__traceback__, ""
-    while trace is not None:
-        if _is_users(trace.tb_frame):
-            found = _line(trace.tb_frame, trace.tb_lineno)
-        trace = trace.tb_next
-    return found
-
-
-def _is_users(frame: FrameType) -> bool:
-    return not frame.f_code.co_filename.startswith((_TORCH, _HERE, "<"))
-
-
-def _line(frame: FrameType, number: int) -> str:
-    return f"{Path(frame.f_code.co_filename).name}:{number}"

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from operator import getitem
+from typing import Any
 
 import torch
+from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
 from fxckpt import ops
@@ -56,17 +58,19 @@ def _is_mutation(node: Node) -> bool:
     return ops.inplace in (node.target, *node.args[2:3])
 
 
-def _call(node: Node) -> tuple[int, torch._ops.OpOverload, ops.Plan, tuple[object, ...]]:
+def _call(node: Node) -> tuple[int, OpOverload, ops.Plan, tuple[Any, ...]]:
     """Where in the arguments of a mutation its operation stands, and the operation, plan, rest."""
     start = 0 if node.target is ops.inplace else 3
-    op, plan, *rest = node.args[start:]
-    return start, op, plan, tuple(rest)  # type: ignore[return-value]
+    args: Any = node.args
+    op, plan, *rest = args[start:]
+    return start, op, plan, tuple(rest)
 
 
 def _bases(node: Node) -> list[Node]:
     """The values that a mutation works on."""
     _, _, plan, rest = _call(node)
-    return [rest[key] if isinstance(key, int) else node.kwargs[key] for key, _ in plan]  # type: ignore[misc]
+    kwargs: Any = node.kwargs
+    return [rest[key] if isinstance(key, int) else kwargs[key] for key, _ in plan]
 
 
 def _chain(placeholder: Node, contents: Node) -> list[Node]:
@@ -75,9 +79,10 @@ def _chain(placeholder: Node, contents: Node) -> list[Node]:
     while contents is not placeholder:
         node = producer(contents)
         bases = _bases(node)
-        first = 0 if contents is node else contents.args[1] - (_result_count(node) - len(bases))
+        index: Any = 0 if contents is node else contents.args[1]
+        fresh = _result_count(node) - len(bases)
         chain.append(node)
-        contents = bases[first]
+        contents = bases[index - fresh]
     return chain
 
 
@@ -115,13 +120,15 @@ def _donate(node: Node) -> None:
         if start == 0:
             node.target = ops.inplace_donated
         else:
-            node.args = (*node.args[:2], ops.inplace_donated, op, plan, *rest)
+            donated: Any = ops.inplace_donated
+            node.args = (*node.args[:2], donated, op, plan, *rest)
         return
     if start == 0:
         node.target, node.args = op, rest
     else:
         node.args = (*node.args[:2], op, *rest)
     for user in list(node.users) if fresh else ():
-        if user.target is getitem and user.args[1] >= fresh:
-            user.replace_all_uses_with(bases[user.args[1] - fresh])
+        index: Any = user.args[1] if user.target is getitem else 0
+        if index >= fresh:
+            user.replace_all_uses_with(bases[index - fresh])
             node.graph.erase_node(user)

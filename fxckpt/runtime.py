@@ -33,18 +33,12 @@ import torch
 from torch.fx import GraphModule
 
 from fxckpt import ops, tree
-from fxckpt.capture import (
-    AutocastState,
-    BackwardKey,
-    Result,
-    Tape,
-    autocast_as,
-    autocast_state,
-)
 from fxckpt.errors import CaptureError, FxckptError
-from fxckpt.joint import Joint, Primal
+from fxckpt.joint import Joint
+from fxckpt.modes import AutocastState, autocast_as, autocast_state
 from fxckpt.split import Split, backward_from, read_before_written, split
 from fxckpt.state import substituted
+from fxckpt.tape import BackwardKey, Result, Tape
 
 Decide = Callable[[Joint], set[torch.fx.Node]]
 
@@ -151,7 +145,11 @@ class Captured:
         for result in self.tape.results:
             if id(result) not in made:
                 made[id(result)] = self._finish(result, outputs, inputs)
-        return tree.unflatten(self.tape.spec, [made[id(r)] for r in self.tape.results])
+        tensors = [made[id(r)] for r in self.tape.results]
+        result, values = tree.unflatten(self.tape.spec, tensors)
+        for (container, key), value in zip(self.tape.assigned, values, strict=True):
+            container[key] = value
+        return result
 
     def _finish(
         self, result: Result, outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]

@@ -1,4 +1,4 @@
-"""Cuts a forward graph into parts that are recomputed one at a time: blocks of modules, or segments.
+"""Cuts a forward graph into parts that are recomputed one at a time: blocks, or segments.
 
 NOTE [Which parts are good]
 
@@ -13,6 +13,7 @@ number. It leaves out gradients and temporaries, which do not depend on the choi
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Collection, Hashable, Iterable, Sequence
 
 import numpy as np
@@ -21,7 +22,7 @@ from torch import nn
 from torch.fx import Node
 
 from fxckpt.calls import Call
-from fxckpt.joint import Joint, is_value, root, storage_bytes
+from fxckpt.joint import Joint, is_value, producer, root, storage_bytes
 from fxckpt.regions import Region, Structure
 
 
@@ -177,12 +178,16 @@ def _lives(structure: Structure) -> _Lives:
     last = [max((position[r] for r in structure.readers.get(n, ())), default=-1) for n in values]
     return _Lives(
         values,
-        np.array([position[n] for n in values], dtype=np.int64),
-        np.array(last, dtype=np.int64),
-        np.array(size, dtype=np.int64),
-        np.array([s if n in read else 0 for n, s in zip(values, size, strict=True)], dtype=np.int64),
+        _numbers(position[producer(n)] for n in values),
+        _numbers(last),
+        _numbers(size),
+        _numbers(s * (n in read) for n, s in zip(values, size, strict=True)),
         len(position),
     )
+
+
+def _numbers(values: Iterable[int]) -> Numbers:
+    return np.array(list(values), dtype=np.int64)
 
 
 def _candidates(lives: _Lives) -> list[int]:
@@ -225,5 +230,5 @@ def _cheapest(kept: Numbers, inside: Numbers, limit: int) -> tuple[int, list[int
     path = [count - 1]
     while path[-1]:
         path.append(int(previous[path[-1]]))
-    largest = max((int(inside[i, j]) for i, j in zip(path, path[1:], strict=False)), default=0)
+    largest = max((int(inside[i, j]) for i, j in itertools.pairwise(path)), default=0)
     return int(cost[-1]) + largest, path[1:-1]

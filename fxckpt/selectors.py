@@ -1,12 +1,13 @@
 """Selectors: say by module path, module class, operation or function which values are meant.
 
-    "transformer.h.*.attn"      modules by path: `*` stands for one part of a path, or for a piece of
-                                one; the pattern may leave out the beginning of the path
+A selector is one of these, or a list of them:
+
+    "transformer.h.*.attn"      modules by path, and all below them: `*` stands for one part of a
+                                path, or a piece of it; the beginning of the path may be left out
     "aten.mm", "mm", "relu_"    operations by name, if no module is called so
     nn.LayerNorm                modules by class, subclasses included
     torch.ops.aten.mm           operations
     lambda value: ...           values for which a function is true
-    ["h.0", nn.Linear]          anything of these
 """
 
 from __future__ import annotations
@@ -21,10 +22,9 @@ from torch import nn
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx import Node
 
-from fxckpt import ops
 from fxckpt.calls import Call
 from fxckpt.errors import PolicyError
-from fxckpt.joint import Value, producer
+from fxckpt.joint import Value
 from fxckpt.regions import Region, Structure
 
 Selector = str | type | OpOverload | OpOverloadPacket | Callable[[Value], bool] | Iterable[Any]
@@ -97,18 +97,93 @@ class Selection:
 
     def _nothing_matches(self, selector: Any) -> str:
         start = f"{self._option}={_shown(selector)} matches nothing that the model computes"
-        if callable(selector) and not isinstance(selector, type | OpOverload | OpOverloadPacket):
+        if not isinstance(selector, str | type | OpOverload | OpOverloadPacket):
             return f"{start}: it is false for all {len(self._values)} values"
         wanted, known = self._known_like(selector)
-        near = _near(wanted, known)
-        return f"{start}. {'Did you mean' if near else 'There are'} {_listed(near or known)}?"
+        near = difflib.get_close_matches(wanted, known, n=5, cutoff=0.5)
+        return f"{start}. {'Near it are' if near else 'There are'} {listed(near or known)}."
 
     def _known_like(self, selector: Any) -> tuple[str, list[str]]:
         """The selector as text, and all that selectors of its kind could name."""
-        paths = list(dict.fromkeys(_general(c.path) for c in self._structure.scopes if c.path))
-        packets = dict.fromkeys(ops.short_name(v.op) for v in self._values)
+        operations = dict.fromkeys(str(_packet(v.op)) for v in self._values)
         if isinstance(selector, type):
-            return selector.__name__, sorted({c.cls.__name__ for c in self._structure.scopes})
+            called = (c for c in self._structure.scopes if self._has_value(c))
+            return selector.__name__, sorted({c.cls.__name__ for c in called})
         if isinstance(selector, str):
-            return selector, [*paths, *packets]
-        return ops.short_name(selector), list(packets)
+            paths = dict.fromkeys(_general(c.path) for c in self._structure.scopes if c.path)
+            # Without the common part, "relu" is near to "aten.relu_".
+            bare = (name.removeprefix("aten.") for name in operations)
+            return _general(selector), [*paths, *bare]
+        return str(_packet(selector)), list(operations)
+
+
+def flat(selectors: Any, option: str) -> list[Any]:
+    """A list of single selectors.
+
+    Raises:
+        PolicyError: if something is no selector.
+    """
+    if selectors is None:
+        return []
+    single = isinstance(selectors, str | type | OpOverload | OpOverloadPacket)
+    if not single and isinstance(selectors, Iterable):
+        return [one for each in selectors for one in flat(each, option)]
+    if isinstance(selectors, type) and not issubclass(selectors, nn.Module):
+        raise PolicyError(f"{option}={selectors.__name__} is a class, but not one of modules")
+    if not single and (getattr(selectors, "__module__", None) or "").split(".")[0] == "torch":
+        name = getattr(selectors, "__name__", selectors)
+        raise PolicyError(
+            f"{option}=torch's {name} is a function on tensors; give the operation that it runs, "
+            f"such as torch.ops.aten.{name}"
+        )
+    if not single and not callable(selectors):
+        raise PolicyError(
+            f"{option}={selectors!r} selects nothing: give a module path such as 'layers.*.mlp', "
+            "a module class, an operation such as torch.ops.aten.mm, or a function of a value"
+        )
+    return [selectors]
+
+
+def listed(names: Iterable[str], most: int = 12) -> str:
+    """`"'a', 'b', 'c'"`, shortened if there are many."""
+    quoted = [repr(name) for name in names]
+    more = f" and {len(quoted) - most} more" if len(quoted) > most else ""
+    return ", ".join(quoted[:most]) + more
+
+
+def _asked(function: Any, value: Value, option: str) -> bool:
+    answer = function(value)
+    if not isinstance(answer, bool):
+        raise PolicyError(
+            f"{option}={_shown(function)} returned {answer!r} for {value!r}; expected True or False"
+        )
+    return answer
+
+
+def _match(parts: list[str], patterns: list[str]) -> bool:
+    pairs = zip(parts, patterns, strict=True)
+    return all(fnmatch.fnmatchcase(part, pattern) for part, pattern in pairs)
+
+
+def _packet(op: Any) -> Any:
+    return op.overloadpacket if isinstance(op, OpOverload) else op
+
+
+def _is_called(op: Any, name: str) -> bool:
+    """Whether `name` is `"mm"`, `"aten.mm"` or `"aten.mm.default"` of an operation."""
+    wanted = name.removeprefix("torch.ops.").replace("::", ".")
+    packet = str(_packet(op))
+    return wanted in (str(op), packet, packet.rpartition(".")[2])
+
+
+def _general(path: str) -> str:
+    """A path with `*` for numbers."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", path)
+
+
+def _shown(selector: Any) -> str:
+    if isinstance(selector, str):
+        return repr(selector)
+    if isinstance(selector, OpOverload | OpOverloadPacket):
+        return f"torch.ops.{selector}"
+    return str(getattr(selector, "__qualname__", selector))

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from fxckpt import tree
-from fxckpt.capture import autocast_state
+from fxckpt.modes import autocast_state
 from fxckpt.state import held_tensors
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
@@ -65,18 +65,17 @@ class Watch:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._modules = list(module.modules())
-        self._children = [(m._modules, list(m._modules.values())) for m in self._modules]
-        held = [h for h in held_tensors(module).values() if h.slots]
+        modules = list(module.modules())
+        self._children = [(m._modules, list(m._modules.values())) for m in modules]
+        held = [h for h in held_tensors(module).values() if h.tensor.layout == torch.strided]
         self._slots = [h.slots[0] for h in held]
         self._tied = [h.slots for h in held if len(h.slots) > 1]
-        self._counts = [
-            (members, len(members))
-            for m in self._modules
-            for members in (m._parameters, m._buffers)
-        ]
+        # Containers by identity: each is counted once, however many tensors it holds.
+        containers = {id(c): c for h in held for c, _ in h.slots}
+        containers |= {id(d): d for m in modules for d in (m._parameters, m._buffers)}
+        self._counts = [(c, len(c)) for c in containers.values()]
+        self._attributes = [_Attributes(m.__dict__) for m in modules]
         self._numbers: dict[Hashable, tuple[int, Any]] = {}
-        self._attributes: list[tuple[dict[str, Any], bool, list[Any]]] = []
         self._tensors: list[Any] = []
         self._geometry: list[Any] = []
         self._number: int | None = None
@@ -91,7 +90,10 @@ class Watch:
             return None
         if any(len(members) != n for members, n in self._counts):
             return None
-        tensors = [members.get(key) for members, key in self._slots]
+        try:
+            tensors: list[Any] = [container[key] for container, key in self._slots]
+        except LookupError:
+            return None
         if not (len(tensors) == len(self._tensors) and all(map(is_, tensors, self._tensors))):
             if not self._same_ties(tensors):
                 return None
@@ -99,39 +101,64 @@ class Watch:
         geometry = [(t.dtype, t.requires_grad, t.shape, t.stride(), t.device) for t in tensors]
         if geometry != self._geometry:
             self._geometry, self._number = geometry, None
-        if self._number is None or not all(map(_unchanged, self._attributes)):
+        if self._number is None or not all(a.unchanged() for a in self._attributes):
             self._number = self._look_up()
         return self._number
 
     def _same_ties(self, tensors: list[Any]) -> bool:
-        if any(t is None for t in tensors) or len(set(map(id, tensors))) != len(tensors):
+        """Whether there is one tensor for each that was there when the watch began."""
+        if not all(isinstance(t, torch.Tensor) for t in tensors):
             return False
-        return all(len({id(d.get(k)) for d, k in slots}) == 1 for slots in self._tied)
+        if len(set(map(id, tensors))) != len(tensors):
+            return False
+        return all(len({id(c[k]) for c, k in slots}) == 1 for slots in self._tied)
 
-    def _look_up(self) -> int:
-        self._attributes = [
-            (d, _holds_tensor(d), list(d.values())) for d in (m.__dict__ for m in self._modules)
-        ]
-        key = (
-            tuple(self._geometry),
-            tuple(tuple(map(_attribute_key, d.items())) for d, _, _ in self._attributes),
-        )
+    def _look_up(self) -> int | None:
+        if any(a.other_tensors() for a in self._attributes):
+            return None
+        values = [a.read() for a in self._attributes]
+        key = tuple(self._geometry), tuple(a.key() for a in self._attributes)
         # The objects are kept, so that no other object gets an id that is part of a key.
-        return self._numbers.setdefault(key, (len(self._numbers), self._attributes))[0]
+        return self._numbers.setdefault(key, (len(self._numbers), values))[0]
 
 
-def _unchanged(attributes: tuple[dict[str, Any], bool, list[Any]]) -> bool:
-    now, by_identity, before = attributes
-    if not by_identity:
-        return list(now.values()) == before
-    return len(now) == len(before) and all(map(is_, now.values(), before))
+class _Attributes:
+    """The attributes of one module that are not tensors: training flag, numbers, objects."""
+
+    def __init__(self, attributes: dict[str, Any]) -> None:
+        self._attributes = attributes
+        self._tensors = self._tensor_names()
+        self._before: list[Any] = []
+        self._simple = True  # no value whose comparison could be elementwise
+
+    def unchanged(self) -> bool:
+        """Whether all values are those of the last `read`."""
+        if self._simple:
+            return list(self._attributes.values()) == self._before
+        now = [v for v in self._attributes.values() if not isinstance(v, torch.Tensor)]
+        return len(now) == len(self._before) and all(map(is_, now, self._before))
+
+    def other_tensors(self) -> bool:
+        """Whether other attributes are tensors than when the watch began."""
+        return self._tensor_names() != self._tensors
+
+    def _tensor_names(self) -> set[str]:
+        return {k for k, v in self._attributes.items() if isinstance(v, torch.Tensor)}
+
+    def read(self) -> list[Any]:
+        """Remembers the present values, and returns them."""
+        values = self._attributes.values()
+        self._simple = not any(hasattr(v, "__array__") for v in values)
+        self._before = [v for v in values if not isinstance(v, torch.Tensor)]
+        return self._before
+
+    def key(self) -> Hashable:
+        """The present state: plain values by value, other objects by identity."""
+        return tuple(map(_attribute_key, self._attributes.items()))
 
 
 def _attribute_key(item: tuple[str, Any]) -> Hashable:
     key, value = item
-    return (key, tree.static_key(value) if isinstance(value, _PLAIN) else id(value))
-
-
-def _holds_tensor(attributes: dict[str, Any]) -> bool:
-    """Whether equality of attributes could mean an elementwise comparison."""
-    return any(hasattr(v, "__array__") for v in attributes.values())
+    if isinstance(value, torch.Tensor):
+        return key, torch.Tensor  # compared by its geometry, like parameters
+    return key, tree.static_key(value) if isinstance(value, _PLAIN) else id(value)

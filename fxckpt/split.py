@@ -31,7 +31,6 @@ import dataclasses
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
@@ -169,7 +168,7 @@ class _Backward:
                 before the cotangents; those that the graph does not read are dropped at once.
             primals: Names of the primals for which a gradient is returned.
         """
-        by_name = {name: node for name, node in self.joint.primals.items()}
+        by_name = dict(self.joint.primals)
         residuals = {_residual_name(r): r for r in self.residuals}
         for name in arguments:
             key = by_name[name] if by_name.get(name) in self.primals else residuals.get(name)
@@ -246,7 +245,8 @@ class _Backward:
         copy = self._copy(node, target, args, kwargs, _region("recompute", node))
         if ops.node_is_random(node):
             state = self._residual(_State(node), None)
-            copy.args = (state, ops.node_device(node), copy.target, *copy.args)
+            operation: Any = copy.target
+            copy.args = (state, ops.node_device(node), operation, *copy.args)
             copy.target = ops.with_rng_state
 
     def _copy(self, node: Node, target: Any, args: Any, kwargs: Any, region: str) -> Node:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import weakref
 from collections.abc import Iterator
@@ -14,125 +15,169 @@ from torch import nn
 from fxckpt.errors import CaptureError
 
 _MODULE_INTERNALS = frozenset(nn.Module().__dict__)
+_CONTAINERS = (list, dict, set)
+
+Slot = tuple[Any, Any]  # a container and the key in it
 
 
 @dataclasses.dataclass(slots=True)
 class Held:
     """One tensor that a module tree holds.
 
-    `slots` are the dictionaries and keys where it is registered; a tied weight has several, a
-    tensor that is only an attribute, or inside a list, has none and is watched by identity.
+    `slots` are the places where it is found: dictionaries of parameters, buffers or attributes of a
+    module, or lists among the attributes. A tied weight has several.
     """
 
     name: str
     kind: str  # "parameter", "buffer" or "attribute"
     tensor: torch.Tensor
-    slots: list[tuple[dict[str, Any], str]] = dataclasses.field(default_factory=list)
+    slots: list[Slot] = dataclasses.field(default_factory=list)
 
 
 def held_tensors(module: nn.Module) -> dict[int, Held]:
     """All tensors held by a module and its submodules, by `id`, in registration order."""
     found: dict[int, Held] = {}
 
-    def add(tensor: torch.Tensor, name: str, kind: str) -> Held:
-        return found.setdefault(id(tensor), Held(name, kind, tensor))
+    def add(tensor: torch.Tensor, name: str, kind: str, slot: Slot) -> None:
+        found.setdefault(id(tensor), Held(name, kind, tensor)).slots.append(slot)
 
-    modules = list(module.named_modules())
-    for prefix, m in modules:
-        dot = f"{prefix}." if prefix else ""
+    modules = [(f"{path}." if path else "", m) for path, m in module.named_modules()]
+    for dot, m in modules:
         for kind, members in (("parameter", m._parameters), ("buffer", m._buffers)):
             for key, tensor in members.items():
                 if tensor is not None:
-                    add(tensor, dot + key, kind).slots.append((members, key))
-    for prefix, m in modules:
-        dot = f"{prefix}." if prefix else ""
-        for key, value in _attributes(m):
-            for tensor in _tensors_in(value):
-                add(tensor, dot + key, "attribute")
+                    add(tensor, dot + key, kind, (members, key))
+    for dot, m in modules:
+        for key, value in attributes(m):
+            for tensor, slot in _tensors_in(value, (m.__dict__, key)):
+                add(tensor, dot + key, "attribute", slot)
     return found
 
 
+def attributes(m: nn.Module) -> list[tuple[str, Any]]:
+    """The attributes of a module that are its own, not those of `nn.Module`."""
+    return [(key, value) for key, value in m.__dict__.items() if key not in _MODULE_INTERNALS]
+
+
+def _tensors_in(value: Any, slot: Slot, depth: int = 0) -> Iterator[tuple[torch.Tensor, Slot]]:
+    if isinstance(value, torch.Tensor):
+        yield value, slot
+    elif isinstance(value, (list, tuple)) and depth < 4:
+        for i, child in enumerate(value):
+            yield from _tensors_in(child, (value, i), depth + 1)
+    elif isinstance(value, dict) and depth < 4:
+        for key, child in value.items():
+            yield from _tensors_in(child, (value, key), depth + 1)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Assignment:
+    """An attribute, parameter or buffer of a module that was assigned anew."""
+
+    slot: Slot
+    value: Any
+
+
 @contextlib.contextmanager
-def substituted(module: nn.Module, stand_ins: dict[int, torch.Tensor]) -> Iterator[None]:
+def substituted(
+    module: nn.Module, stand_ins: dict[int, torch.Tensor]
+) -> Iterator[list[Assignment]]:
     """Puts `stand_ins[id(t)]` wherever the module holds `t`; everything is as before afterwards.
 
+    Yields:
+        A list that holds, afterwards, what was assigned to modules meanwhile.
+
     Raises:
-        CaptureError: if the code run meanwhile assigned to an attribute of a module, which a
-            captured graph would not do again.
+        CaptureError: if something else about a module was changed meanwhile.
     """
-    before = [(m, _snapshot(m)) for m in module.modules()]
+    modules = [(path, m, _Contents(m)) for path, m in module.named_modules()]
+    assignments: list[Assignment] = []
     try:
-        for m, _ in before:
-            for members in (m._parameters, m._buffers):
-                for key, tensor in members.items():
-                    if tensor is not None:
-                        members[key] = stand_ins.get(id(tensor), tensor)  # type: ignore[assignment]
-            for key, value in list(_attributes(m)):
+        for _, m, _ in modules:
+            for slots in (m._parameters, m._buffers):
+                slots.update({k: stand_ins.get(id(t), t) for k, t in slots.items()})  # type: ignore[misc]
+            for key, value in attributes(m):
                 m.__dict__[key] = _replaced(value, stand_ins)
-        during = [_snapshot(m) for m, _ in before]
-        yield
-        for (m, _), expected in zip(before, during, strict=True):
-            _refuse_assignments(module, m, expected)
+        during = [(path, m, _Contents(m)) for path, m, _ in modules]
+        yield assignments
+        for path, m, contents in during:
+            assignments.extend(contents.assignments(m, path))
     finally:
-        for m, (parameters, buffers, attributes) in before:
-            for now, then in ((m._parameters, parameters), (m._buffers, buffers)):
-                now.clear()
-                now.update(then)
-            m.__dict__.clear()
-            m.__dict__.update(attributes)
+        for _, m, contents in modules:
+            contents.restore(m)
 
 
-_Snapshot = tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
+class _Contents:
+    """All that a module refers to, at one moment."""
+
+    def __init__(self, m: nn.Module) -> None:
+        self._slots = [(d, dict(d)) for d in (m._parameters, m._buffers, m.__dict__)]
+        self._inner = [
+            (value, copy.copy(value))
+            for _, value in attributes(m)
+            if isinstance(value, _CONTAINERS)
+        ]
+
+    def restore(self, m: nn.Module) -> None:
+        """Makes the module refer to the same objects again."""
+        for members, then in self._slots:
+            members.clear()
+            members.update(then)
+        for container, then in self._inner:
+            if isinstance(container, list):
+                container[:] = then
+            else:
+                container.clear()
+                container.update(then)
+
+    def assignments(self, m: nn.Module, path: str) -> Iterator[Assignment]:
+        """What was assigned since.
+
+        Raises:
+            CaptureError: if a change is not an assignment of something made of tensors.
+        """
+        for container, then in self._inner:
+            if not _same_items(container, then):
+                raise CaptureError("forward changes a container held by a module", path=path)
+        for members, then in self._slots:
+            for key in then.keys() - members.keys():
+                raise CaptureError(f"forward deletes the module attribute {key!r}", path=path)
+            for key, value in members.items():
+                old = then.get(key)
+                if value is old or (type(value) is type(old) and _same_value(value, old)):
+                    continue
+                if not any(_tensors_in(value, (None, None))):
+                    raise CaptureError(
+                        f"forward changes the module attribute {key!r} from {old!r} to {value!r}",
+                        path=path,
+                        hint="Keep what changes at each step in a tensor buffer.",
+                    )
+                yield Assignment((members, key), value)
 
 
-def _snapshot(m: nn.Module) -> _Snapshot:
-    return dict(m._parameters), dict(m._buffers), dict(m.__dict__)
+def _same_items(now: Any, then: Any) -> bool:
+    if len(now) != len(then):
+        return False
+    if isinstance(now, set):
+        return bool(now == then)
+    pairs = zip(now.items(), then.items(), strict=True) if isinstance(now, dict) else [(now, then)]
+    return all(x is y for a, b in pairs for x, y in zip(a, b, strict=True))
 
 
-def _refuse_assignments(root: nn.Module, m: nn.Module, expected: _Snapshot) -> None:
-    for now, then in zip(_snapshot(m), expected, strict=True):
-        for key in now.keys() | then.keys():
-            old, new = then.get(key), now.get(key)
-            if new is old or (type(new) is type(old) and _same_value(old, new)):
-                continue
-            path = next(name for name, other in root.named_modules() if other is m)
-            raise CaptureError(
-                f"forward assigns to the module attribute {key!r}",
-                path=path,
-                hint="Return the value, or keep it in a registered buffer changed in place.",
-            )
-
-
-def _same_value(old: Any, new: Any) -> bool:
+def _same_value(new: Any, old: Any) -> bool:
     return isinstance(new, (bool, int, float, str, torch.dtype, torch.device)) and old == new
 
 
-def _attributes(m: nn.Module) -> Iterator[tuple[str, Any]]:
-    for key, value in m.__dict__.items():
-        if key not in _MODULE_INTERNALS and next(_tensors_in(value), None) is not None:
-            yield key, value
-
-
-def _tensors_in(value: Any, depth: int = 0) -> Iterator[torch.Tensor]:
-    if isinstance(value, weakref.ref):
-        value = value()  # recurrent layers remember their weights like this
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif depth < 4 and isinstance(value, (list, tuple)):
-        for child in value:
-            yield from _tensors_in(child, depth + 1)
-    elif depth < 4 and isinstance(value, dict):
-        for child in value.values():
-            yield from _tensors_in(child, depth + 1)
-
-
 def _replaced(value: Any, stand_ins: dict[int, torch.Tensor], depth: int = 0) -> Any:
+    """`value` with the stand-ins of tensors in it; the same object if there are none."""
     if isinstance(value, torch.Tensor):
         return stand_ins.get(id(value), value)
     if isinstance(value, weakref.ref) and id(value()) in stand_ins:
-        return weakref.ref(stand_ins[id(value())])
+        return weakref.ref(stand_ins[id(value())])  # as recurrent layers remember their weights
     if depth < 4 and type(value) in (list, tuple):
-        return type(value)(_replaced(v, stand_ins, depth + 1) for v in value)
+        new = type(value)(_replaced(v, stand_ins, depth + 1) for v in value)
+        return value if all(a is b for a, b in zip(new, value, strict=True)) else new
     if depth < 4 and type(value) is dict:
-        return {k: _replaced(v, stand_ins, depth + 1) for k, v in value.items()}
+        items = {k: _replaced(v, stand_ins, depth + 1) for k, v in value.items()}
+        return value if all(items[k] is v for k, v in value.items()) else items
     return value

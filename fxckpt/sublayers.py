@@ -10,11 +10,11 @@ Both are first looked for in the graph, where names do not matter:
 then the region around such a core is widened to all that belongs to it: the projections before and
 after. If a module call does nothing else, the region is that call; if the layer is written inline
 in a larger call, it is the operations from the first projection to the last, and the modules
-(`nn.Linear`) that hold the projections. What has no such core (linear attention, a mixture of experts
-with its router) is found by the name of its class or attribute.
+(`nn.Linear`) that hold the projections. What has no such core (linear attention, a mixture of
+experts with its router) is found by the name of its class or attribute.
 
-"Product" here is a matrix product (`ops.is_matrix_like`). Walks from a core stop at products, so they
-stay local, whatever the size of the model.
+"Product" here is a matrix product (`ops.is_matrix_like`). Walks from a core stop at products, so
+they stay local, whatever the size of the model.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ from fxckpt.regions import (
 _SOFTMAX = frozenset({"_softmax", "_safe_softmax", "_masked_softmax", "softmax"})
 _NONLINEAR = frozenset(
     "celu clamp clamp_min elu erf gelu glu hardsigmoid hardswish hardtanh leaky_relu mish prelu "
-    "_prelu_kernel relu relu6 rrelu rrelu_with_noise selu sigmoid silu softplus tanh threshold".split()
+    "_prelu_kernel relu relu6 rrelu rrelu_with_noise selu sigmoid silu softplus tanh "
+    "threshold".split()
 )
 _DENSE = frozenset(
     "mm addmm bmm baddbmm addbmm mv addmv matmul linear _grouped_mm _scaled_mm "
@@ -86,14 +87,15 @@ class _Layers:
 
 def attentions(structure: Structure) -> list[Region]:
     """The attention layers of a model, in order."""
-    found = [_attention(structure, core) for core in _merged(structure, _attention_cores(structure))]
+    cores = _merged(structure, _attention_cores(structure))
+    found = [_attention(structure, core) for core in cores]
     covered = set().union(*(r.nodes for r in found))
 
     def named(call: Call) -> bool:
         scope = structure.scopes[call]
         return _is_attention(call) and structure.has_product(call) and covered.isdisjoint(scope)
 
-    calls = [c for c in structure.outermost(lambda c: c.path != "" and named(c))]
+    calls = structure.outermost(lambda call: call.path != "" and named(call))
     if not calls and not found:
         calls = structure.outermost(named)
     return [*found, *(structure.region("attention", c) for c in calls)]
@@ -278,7 +280,7 @@ def _serves(structure: Structure, core: _Core, call: Call) -> bool:
     last = _output_projections(core, scope)
     needed = _walk([*core.nodes, *last], _inputs, scope.__contains__)
     before = _walk(core.operands & scope.keys(), _inputs, scope.__contains__)
-    bends = [n for n in before if operation_name(n) in _NONLINEAR | _SOFTMAX and n not in core.nodes]
+    bends = {n for n in before if operation_name(n) in _NONLINEAR | _SOFTMAX} - core.nodes
     foreign = _walk(bends, _inputs, scope.__contains__)
     return all(n in needed and n not in foreign for n in scope if is_product(n))
 
@@ -332,7 +334,12 @@ def _joins_branches(node: Node, passes: Callable[[Node], bool]) -> bool:
 
 
 def _is_sound(layers: _Layers) -> bool:
-    """Whether the layers keep the width, and none is applied twice (a recurrent network)."""
+    """Whether the layers keep the width, and none is applied twice (a recurrent network).
+
+    More than a few layers are a network of their own, which is not worth recomputing as one.
+    """
+    if len(layers.first & layers.last) > 2:
+        return False
     heads, tails = layers.first - layers.last, layers.last - layers.first
     weights = [_weight(p) for p in layers.all]
     widths_in = {_operands(p)[0].meta["val"].shape[-1] for p in heads}

@@ -167,7 +167,7 @@ def _is_traced(module: nn.Module) -> bool:
     return (
         is_capturing()
         or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch._C._get_tracing_state() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None
         or getattr(module, "_is_replica", False)
     )

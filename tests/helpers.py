@@ -237,8 +237,8 @@ def captures(model: nn.Module) -> list[Any]:
 
 
 def joint_of(model: nn.Module) -> Joint:
-    """The joint graph of the latest call of a rewritten module."""
-    return model.__dict__["_fxckpt_unit"].latest.program.joint
+    """The joint graph of the latest capture of a rewritten module."""
+    return captures(model)[-1].program.joint
 
 
 def graph_texts(model: nn.Module) -> tuple[str, str]:

@@ -1,0 +1,99 @@
+"""Where in the user's program an operation comes from: module path, call and source line."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+import torch
+from torch import nn
+
+from fxckpt import invisible
+
+_TORCH = str(Path(torch.__file__).parent)
+_HERE = str(Path(__file__).parent)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Place:
+    """Where in the user's program an operation was run."""
+
+    path: str = ""
+    call: int = 0
+    types: tuple[type, ...] = ()
+    source: str = ""
+
+
+class Places:
+    """Where in the user's program the recorder is: callable for `Recorder.place`.
+
+    Forward operations get the innermost running module and the user's source line; backward ones
+    get those of the forward operation that created the running autograd node, found by the
+    sequence number that autograd gives to both.
+    """
+
+    def __init__(self, module: nn.Module | None) -> None:
+        self.phase = "forward"
+        self._paths: dict[int, str] = {}
+        if module is not None:
+            for path, m in module.named_modules():
+                self._paths.setdefault(id(m), path)
+        self._stack = [Place(types=(type(module),) if module is not None else ())]
+        self._calls: dict[str, int] = {}
+        self._by_sequence: dict[int, Place] = {}
+
+    def __call__(self) -> Place:
+        if self.phase == "backward":
+            node = torch._C._current_autograd_node()
+            missing = Place()
+            return missing if node is None else self._by_sequence.get(node._sequence_nr(), missing)
+        place = dataclasses.replace(self._stack[-1], source=user_source())
+        self._by_sequence.setdefault(torch._C._autograd._get_sequence_nr() - 1, place)
+        return place
+
+    @contextlib.contextmanager
+    def followed(self) -> Iterator[None]:
+        """Follows calls of modules of this thread while active."""
+        with invisible.module_calls(self._enter, self._leave):
+            yield
+
+    def _enter(self, m: nn.Module) -> None:
+        above = self._stack[-1]
+        path = self._paths.get(id(m)) or f"{above.path}.{type(m).__name__}".lstrip(".")
+        self._calls[path] = self._calls.get(path, -1) + 1
+        self._stack.append(Place(path, self._calls[path], (*above.types, type(m))))
+
+    def _leave(self) -> None:
+        self._stack.pop()
+
+
+def user_source() -> str:
+    """`"file.py:31"` of the innermost frame that is the user's, not torch's or ours."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if _is_users(frame):
+            return _line(frame, frame.f_lineno)
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""
+
+
+def user_source_of(error: BaseException) -> str:
+    """`"file.py:31"` of the innermost frame of the user's program that an error went through."""
+    trace, found = error.__traceback__, ""
+    while trace is not None:
+        if _is_users(trace.tb_frame):
+            found = _line(trace.tb_frame, trace.tb_lineno)
+        trace = trace.tb_next
+    return found
+
+
+def _is_users(frame: FrameType) -> bool:
+    return not frame.f_code.co_filename.startswith((_TORCH, _HERE, "<"))
+
+
+def _line(frame: FrameType, number: int) -> str:
+    return f"{Path(frame.f_code.co_filename).name}:{number}"

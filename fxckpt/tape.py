@@ -1,0 +1,179 @@
+"""A captured forward, and the joint graphs that follow from it.
+
+Backward depends on which outputs get a gradient, and on its strides, which is certain only when
+backward is called. So a `Tape` keeps the fake autograd graph, and `Tape.joint` runs it once for
+each `BackwardKey` that occurs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+from torch.fx import Graph, Node
+
+from fxckpt import ops, tree
+from fxckpt.errors import CaptureError
+from fxckpt.joint import Joint, Primal, reachable
+from fxckpt.modes import AutocastState, autocast_as
+from fxckpt.places import Places, user_source_of
+from fxckpt.recorder import Recorder
+from fxckpt.state import Slot
+from fxckpt.values import Guard
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class BackwardKey:
+    """All that the backward of a captured forward depends on.
+
+    `cotangents` has, for each output, the strides and dtype of its gradient, or None if none comes;
+    `autocast` is the autocast state in which backward is called.
+    """
+
+    cotangents: tuple[tuple[tuple[int, ...], torch.dtype] | None, ...]
+    autocast: AutocastState = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Result:
+    """How a tensor in the result of the callable is made from what the graph returns.
+
+    `origin` is the index of a graph output, or the name of the primal that the result is a view of.
+    `views` are applied to it one after the other, in grad mode: (operation, arguments after the
+    first, keyword arguments, which of several results).
+    """
+
+    origin: int | str
+    views: tuple[tuple[OpOverload, tuple[Any, ...], dict[str, Any], int | None], ...]
+
+
+@dataclasses.dataclass(slots=True)
+class Tape:
+    """A captured forward, from which `joint` derives backward for any `BackwardKey`."""
+
+    recorder: Recorder
+    places: Places
+    primals: list[Primal]
+    outputs: list[torch.Tensor]  # fakes, one per storage that forward returns
+    output_nodes: list[Node]
+    results: list[Result]
+    spec: tree.Spec  # structure of (the result, the values assigned to modules)
+    assigned: list[Slot]  # where these values belong
+    guards: list[Guard]
+
+    def expected_backward(self) -> BackwardKey:
+        """The likely backward: the loss alone if there is a differentiable scalar, else all."""
+        scalars = [t.requires_grad and t.dim() == 0 for t in self.outputs]
+        chosen = scalars if any(scalars) else [t.requires_grad for t in self.outputs]
+        return BackwardKey(
+            tuple(
+                (_dense_strides(t), t.dtype) if c else None
+                for t, c in zip(self.outputs, chosen, strict=True)
+            )
+        )
+
+    def joint(self, key: BackwardKey) -> Joint:
+        """Forward, and backward for `key`, in one graph.
+
+        Raises:
+            CaptureError: if backward does something that a graph cannot reproduce.
+        """
+        recorder = self.recorder
+        recorder.phase = self.places.phase = "backward"
+        fakes, cotangents = self._cotangents(key)
+        outputs = [t for t, c in zip(self.outputs, key.cotangents, strict=True) if c is not None]
+        leaves = [(p, leaf) for p in self.primals for leaf in p.leaves if leaf.requires_grad]
+        grads: list[torch.Tensor | None] = []
+        if outputs and leaves:
+            with reported("backward"), recorder.fake_mode, recorder, autocast_as(key.autocast):
+                grads = list(
+                    torch.autograd.grad(
+                        outputs, [t for _, t in leaves], fakes, retain_graph=True, allow_unused=True
+                    )
+                )
+        by_primal: dict[str, Node | None] = {p.name: None for p in self.primals if p.requires_grad}
+        for (primal, _), grad in zip(leaves, grads, strict=bool(grads)):
+            if grad is not None:
+                if by_primal[primal.name] is not None:
+                    raise CaptureError(f"{primal.name} is reached in two ways, one of them hidden")
+                by_primal[primal.name] = recorder.node_for(grad)
+        return _extract(self, cotangents, by_primal)
+
+    def _cotangents(self, key: BackwardKey) -> tuple[list[torch.Tensor], list[Node]]:
+        fakes, nodes = [], []
+        for i, (out, c) in enumerate(zip(self.outputs, key.cotangents, strict=True)):
+            if c is not None:
+                with self.recorder.fake_mode:
+                    fake = torch.empty_strided(out.size(), c[0], dtype=c[1], device=out.device)
+                fakes.append(fake)
+                nodes.append(self.recorder.add_placeholder(fake, f"cotangent_{i}"))
+        return fakes, nodes
+
+
+@contextlib.contextmanager
+def reported(phase: str) -> Iterator[None]:
+    """Turns whatever goes wrong while recording into a `CaptureError` that says where it was."""
+    try:
+        yield
+    except CaptureError as error:
+        if error.source:
+            raise
+        source = user_source_of(error)
+        raise CaptureError(error.reason, path=error.path, source=source, hint=error.hint) from error
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        raise CaptureError(
+            f"{phase} raised {type(error).__name__} while it was captured: {first}",
+            source=user_source_of(error),
+        ) from error
+
+
+def _extract(tape: Tape, cotangents: list[Node], grads: dict[str, Node | None]) -> Joint:
+    """The part of the tape that outputs, writes and these gradients need, as a graph of its own."""
+    recorder = tape.recorder
+    outputs = tape.output_nodes
+    writes = {
+        p.name: recorder.storage_of(p.fake).node
+        for p in tape.primals
+        if recorder.storage_of(p.fake).version
+    }
+    nodes = recorder.graph.nodes
+    random = [
+        n
+        for n in nodes
+        if n.op == "call_function" and n.meta["phase"] == "forward" and ops.node_is_random(n)
+    ]
+    wanted = [*outputs, *writes.values(), *(g for g in grads.values() if g is not None)]
+    needed = reachable([*wanted, *random]) | set(cotangents)
+    graph = Graph()
+    copies: dict[Node, Node] = {}
+
+    def copy(node: Node) -> None:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+        alias = node.meta.get("alias")
+        if alias is not None:
+            copies[node].meta["alias"] = copies[alias]
+
+    names = {p.node: p.name for p in tape.primals}
+    primals = [n for n in nodes if n in needed and n in names]
+    operations = [n for n in nodes if n in needed and n.op == "call_function"]
+    for node in (*primals, *cotangents, *operations):
+        copy(node)
+    graph.output(tuple(copies[n] for n in wanted))
+    return Joint(
+        graph,
+        {names[n]: copies[n] for n in primals},
+        [copies[n] for n in cotangents],
+        [copies[n] for n in outputs],
+        {name: copies[n] for name, n in writes.items()},
+        {name: None if n is None else copies[n] for name, n in grads.items()},
+    )
+
+
+def _dense_strides(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Strides of a gradient of `tensor` as most operations produce it."""
+    return tuple(torch.empty_like(tensor, device="meta").stride())
