@@ -120,6 +120,9 @@ def _has_root(nodes: Sequence[Node]) -> bool:
 def _likely(prefixes: list[str], types: list[type], known: dict[str, type]) -> tuple[str, ...]:
     """The prefixes of a path that were called, given the classes of what was called."""
 
+    if len(prefixes) == len(types):
+        return tuple(prefixes)
+
     def doubt(chosen: tuple[str, ...]) -> int:
         pairs = list(zip(chosen, types, strict=True))
         contradicted = sum(known.get(prefix, cls) is not cls for prefix, cls in pairs)

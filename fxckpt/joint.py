@@ -9,6 +9,13 @@ its inputs and buffers is listed in `writes`. The roles of its nodes:
     cotangents   placeholders: gradients of the outputs that take part
     backward     what the autograd engine ran for these cotangents, in order
 
+NOTE [Contributions]
+
+A parameter that is used twice (tied weights) gets two contributions, and autograd adds them to
+whatever came before: ((before + c1) + c2). If a model is called twice in one step, or a parameter
+appears in a penalty term, something did come before, and before + (c1 + c2) would be another number.
+So up to `MAX_CONTRIBUTIONS` of them are delivered one by one, and autograd adds them as in eager.
+
 Every node carries in `meta`:
 
     val          the fake tensor (or tuple of them) that it produced
@@ -32,6 +39,9 @@ import torch
 from torch.fx import Graph, Node
 
 from fxckpt import ops
+
+
+MAX_CONTRIBUTIONS = 4  # beyond, holding them all would cost more memory than exactness is worth
 
 
 @dataclasses.dataclass(slots=True)
@@ -64,7 +74,7 @@ class Joint:
     cotangents: list[Node]
     outputs: list[Node]  # what forward returns, each on a storage of its own
     writes: dict[str, Node]  # primal name -> its contents after forward
-    grads: dict[str, Node | None]  # primal name -> gradient; None where autograd delivers none
+    grads: dict[str, tuple[Node, ...]]  # primal name -> contributions to its gradient, in order
 
     def forward_nodes(self) -> Iterator[Node]:
         """The operations of the forward phase, in execution order."""

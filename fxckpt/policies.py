@@ -25,12 +25,13 @@ from typing import Any
 from torch.fx import Node
 
 from fxckpt import ops
+from fxckpt.attention import attentions
 from fxckpt.errors import PolicyError
+from fxckpt.feedforward import mlps
 from fxckpt.joint import Joint, Value
 from fxckpt.regions import Region, Structure, all_of, norms
 from fxckpt.segments import blocks, segment_inputs
 from fxckpt.selectors import Selection, Selector, flat, listed
-from fxckpt.sublayers import attentions, mlps
 
 
 class Decision(enum.Enum):

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Set
 from itertools import takewhile
 from operator import getitem
 
@@ -25,6 +26,19 @@ from torch.fx import Node
 from fxckpt import ops
 from fxckpt.calls import Call, Chain, call_chains
 from fxckpt.joint import Joint, is_value, root
+
+SOFTMAX = frozenset({"_softmax", "_safe_softmax", "_masked_softmax", "softmax"})
+NONLINEAR = frozenset(
+    "celu clamp clamp_min elu erf gelu glu hardsigmoid hardswish hardtanh leaky_relu mish prelu "
+    "_prelu_kernel relu relu6 rrelu rrelu_with_noise selu sigmoid silu softplus tanh "
+    "threshold".split()
+)
+DENSE = frozenset(
+    "mm addmm bmm baddbmm addbmm mv addmv matmul linear _grouped_mm _scaled_mm "
+    "_scaled_grouped_mm".split()
+)
+
+Step = Callable[[Node], Iterable[Node]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -156,3 +170,69 @@ def numel(node: Node) -> int:
     """How many elements the result of a node has; 0 if it has several results."""
     val = node.meta["val"]
     return val.numel() if isinstance(val, torch.Tensor) else 0
+
+
+# --- walks --------------------------------------------------------------------------------------
+
+
+def inputs(node: Node) -> Iterable[Node]:
+    """The operations that a node reads from."""
+    return (n for n in node.all_input_nodes if n.op == "call_function")
+
+
+def users(node: Node) -> Iterable[Node]:
+    """The operations of forward that read a node."""
+    return (n for n in node.users if n.op == "call_function" and n.meta["phase"] == "forward")
+
+
+def walk(
+    starts: Iterable[Node], step: Step, enter: Callable[[Node], bool] = lambda _: True
+) -> dict[Node, None]:
+    """The nodes reached from `starts` by steps to nodes that may be entered, in the order found."""
+    seen = dict.fromkeys(starts)
+    queue = deque(seen)
+    while queue:
+        for node in step(queue.popleft()):
+            if node not in seen and enter(node):
+                seen[node] = None
+                queue.append(node)
+    return seen
+
+
+def first_products(starts: Iterable[Node], passes: Callable[[Node], bool], step: Step) -> set[Node]:
+    """The first products met by steps from `starts` on, these included, through nodes that pass."""
+
+    def onward(node: Node) -> Iterable[Node]:
+        return () if is_product(node) else step(node)
+
+    reached = walk(starts, onward, lambda n: is_product(n) or passes(n))
+    return set(filter(is_product, reached))
+
+
+def between(first: Iterable[Node], last: Iterable[Node], scope: Collection[Node]) -> set[Node]:
+    """The nodes on the ways from `first` to `last` within `scope`, ends included."""
+    above = walk(last, inputs, scope.__contains__)
+    return set(walk(first, users, above.__contains__)) & above.keys()
+
+
+def operands(product: Node) -> tuple[Node, Node]:
+    """The two factors of a dense product; the first argument of `addmm` is a summand."""
+    start = 1 if operation_name(product).startswith(("addmm", "baddbmm", "addbmm", "addmv")) else 0
+    return product.args[start], product.args[start + 1]  # type: ignore[return-value]
+
+
+def inline(structure: Structure, kind: str, home: Call, nodes: set[Node]) -> Region:
+    """A region in a larger call: `nodes`, and the inner calls whose products are all among them."""
+    nodes = set(nodes)
+    for product in [n for n in nodes if is_product(n)]:
+        chain = structure.chains[product]
+        for call in chain[chain.index(home) + 1 :]:
+            if is_made_of(structure, call, nodes):
+                nodes |= structure.scopes[call].keys()
+                break
+    return Region(kind, f"{home.name}: {kind}", frozenset(nodes))
+
+
+def is_made_of(structure: Structure, call: Call, nodes: Collection[Node]) -> bool:
+    """Whether all products of a call are among `nodes`."""
+    return all(n in nodes for n in structure.scopes[call] if is_product(n))

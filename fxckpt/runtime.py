@@ -55,6 +55,7 @@ class Program:
     split: Split
     slots: list[tuple[Any, Any]]
     saved_positions: list[int]
+    extra_positions: list[int]  # primals that are passed to autograd once more
     fragile: list[int]  # changed primals whose contents before the change matter
     backwards: dict[BackwardKey, tuple[GraphModule, list[int]]]
 
@@ -140,7 +141,8 @@ class Captured:
             [(d, ops.read_rng_state(d)) for d in self._random_devices],
             {i: primals[i].clone() for i in program.fragile},
         )
-        outputs = _Function.apply(call, *primals)
+        extra = [primals[i] for i in program.extra_positions]
+        outputs = _Function.apply(call, *primals, *extra)
         made: dict[int, torch.Tensor] = {}
         for result in self.tape.results:
             if id(result) not in made:
@@ -212,7 +214,8 @@ class Captured:
             allow_unused=True,
         )
         found = {id(t): g for t, g in zip(wanted, grads, strict=True)}
-        return [found.get(id(stand_ins[id(p)])) for p in call.primals]
+        extra = [None] * len(call.program.split.extra)
+        return [*(found.get(id(stand_ins[id(p)])) for p in call.primals), *extra]
 
     @contextlib.contextmanager
     def _as_called(self, call: _Call, stand_ins: dict[int, torch.Tensor]) -> Iterator[None]:
@@ -252,6 +255,7 @@ class Captured:
             halves,
             [self._primals[name].source for name in halves.primals],
             [positions[name] for name in halves.saved_primals],
+            [positions[name] for name in halves.extra],
             [positions[name] for name in read_before_written(joint)],
             {key: (halves.backward, [])},
         )
@@ -264,7 +268,7 @@ class _Function(torch.autograd.Function):
     def forward(ctx: Any, call: _Call, *primals: torch.Tensor) -> tuple[torch.Tensor, ...]:
         program = call.program
         with _as_recorded():
-            results = program.split.forward.forward(list(primals))
+            results = program.split.forward.forward(list(primals[: len(program.slots)]))
         outputs = results[: len(program.joint.outputs)]
         ctx.set_materialize_grads(False)
         call.captured.mark_outputs(ctx, outputs)

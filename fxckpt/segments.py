@@ -52,26 +52,25 @@ def blocks(structure: Structure) -> list[Region]:
     """The repeated blocks of a model.
 
     Candidates are the calls of one class (of several modules or of one that is shared), if it is
-    called at least twice and multiplies something. Classes are taken up one after the other, each
-    time the one that lowers the memory estimate most (see the note above), until none does; calls
-    that overlap with what was taken up before stay out.
+    called at least twice and multiplies something. Classes are taken up one after the other (the
+    decoder's layers besides the encoder's), each time the one that lowers the memory estimate most
+    (see the note above), until none does. A call that is taken up replaces those inside of it;
+    calls inside one that was taken up before stay out.
     """
     costs = _Costs(structure)
-    groups = _repeated(structure)
+    groups = [g for g in _repeated(structure) if costs.estimate(g) < costs.estimate([])]
     chosen: list[Call] = []
-    estimate = costs.estimate(chosen)
     while True:
-        taken = {call for node in _scopes(structure, chosen) for call in structure.chains[node]}
-        options = [chosen + [c for c in calls if c not in taken] for calls in groups]
-        options = [o for o in options if len(o) >= len(chosen) + 2]
+        options = [_joined(structure, chosen, group) for group in groups]
         best = min(options, key=costs.estimate, default=chosen)
-        if (new := costs.estimate(best)) >= estimate:
+        if costs.estimate(best) >= costs.estimate(chosen):
             return [structure.region("block", call) for call in chosen]
-        chosen, estimate = best, new
+        chosen = best
 
 
-def _scopes(structure: Structure, calls: Iterable[Call]) -> Iterable[Node]:
-    return (node for call in calls for node in structure.scopes[call])
+def _joined(structure: Structure, chosen: list[Call], group: list[Call]) -> list[Call]:
+    """The outermost calls of both."""
+    return structure.outermost({*chosen, *group}.__contains__)
 
 
 def _repeated(structure: Structure) -> list[list[Call]]:
@@ -126,7 +125,7 @@ class _Costs:
 # --- segments -----------------------------------------------------------------------------------
 
 _MOST_CUTS = 256  # candidates; the search takes time in the square of it
-_LIMITS = 32
+_LIMITS = 32  # limits on the bytes inside a segment, denser among the small ones
 
 Numbers = NDArray[np.int64]
 
@@ -161,8 +160,9 @@ def segment_inputs(structure: Structure) -> set[Node]:
     lives = _lives(structure)
     cuts = _candidates(lives)
     kept, inside = _tables(lives, cuts)
-    limits = np.unique(np.geomspace(1, max(int(lives.needed.sum()), 1), _LIMITS).astype(np.int64))
-    plans = [_cheapest(kept, inside, limit) for limit in limits]
+    sizes = np.unique(inside)
+    some = np.unique(np.geomspace(1, len(sizes), _LIMITS).astype(np.int64)) - 1
+    plans = [_cheapest(kept, inside, limit) for limit in sizes[some]]
     _, chosen = min((plan for plan in plans if plan is not None), key=lambda plan: plan[0])
     crossing = np.zeros(len(lives.values), dtype=np.bool_)
     for i in chosen:

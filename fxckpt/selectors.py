@@ -99,22 +99,23 @@ class Selection:
         start = f"{self._option}={_shown(selector)} matches nothing that the model computes"
         if not isinstance(selector, str | type | OpOverload | OpOverloadPacket):
             return f"{start}: it is false for all {len(self._values)} values"
-        wanted, known = self._known_like(selector)
-        near = difflib.get_close_matches(wanted, known, n=5, cutoff=0.5)
-        return f"{start}. {'Near it are' if near else 'There are'} {listed(near or known)}."
+        known = self._known_like(selector)
+        near = difflib.get_close_matches(_text(selector), known, n=5)
+        if near:
+            return f"{start}. Did you mean {listed(dict.fromkeys(known[n] for n in near))}?"
+        return f"{start}. There are {listed(dict.fromkeys(known.values()))}."
 
-    def _known_like(self, selector: Any) -> tuple[str, list[str]]:
-        """The selector as text, and all that selectors of its kind could name."""
-        operations = dict.fromkeys(str(_packet(v.op)) for v in self._values)
+    def _known_like(self, selector: Any) -> dict[str, str]:
+        """All that selectors of this kind could name, by the texts that may be near to it."""
         if isinstance(selector, type):
-            called = (c for c in self._structure.scopes if self._has_value(c))
-            return selector.__name__, sorted({c.cls.__name__ for c in called})
-        if isinstance(selector, str):
-            paths = dict.fromkeys(_general(c.path) for c in self._structure.scopes if c.path)
-            # Without the common part, "relu" is near to "aten.relu_".
-            bare = (name.removeprefix("aten.") for name in operations)
-            return _general(selector), [*paths, *bare]
-        return str(_packet(selector)), list(operations)
+            called = {c.cls.__name__ for c in self._structure.scopes if self._has_value(c)}
+            return {name: name for name in sorted(called)}
+        packets = {_text(v.op): str(_packet(v.op)) for v in self._values}
+        if not isinstance(selector, str):
+            return packets
+        paths = {_general(c.path): "" for c in self._structure.scopes if c.path}
+        last = {path.rpartition(".")[2]: path for path in paths}
+        return {**packets, **last, **{path: path for path in paths}}
 
 
 def flat(selectors: Any, option: str) -> list[Any]:
@@ -174,6 +175,15 @@ def _is_called(op: Any, name: str) -> bool:
     wanted = name.removeprefix("torch.ops.").replace("::", ".")
     packet = str(_packet(op))
     return wanted in (str(op), packet, packet.rpartition(".")[2])
+
+
+def _text(selector: Any) -> str:
+    """What a selector is compared by with what there is."""
+    if isinstance(selector, str):
+        return _general(selector)
+    return (
+        selector.__name__ if isinstance(selector, type) else str(_packet(selector)).split(".")[-1]
+    )
 
 
 def _general(path: str) -> str:

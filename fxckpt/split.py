@@ -28,9 +28,11 @@ numbers, so that the generators end where eager leaves them.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
+import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
@@ -47,12 +49,14 @@ class Split:
 
     `forward` takes the list of `primals` and returns (*outputs, *residuals); it changes the primals
     in `written`. `backward` takes the list (*saved_primals, *residuals, *cotangents) and returns a
-    gradient, or None, for each of `primals`. Both empty the list that they are given.
+    gradient, or None, for each of `primals`, then further contributions (see the note in `joint`)
+    to the gradients of `extra`. Both empty the list that they are given.
     """
 
     forward: GraphModule
     backward: GraphModule
     primals: list[str]
+    extra: list[str]
     saved_primals: list[str]
     residuals: list[str]
     written: list[str]
@@ -70,10 +74,12 @@ def split(joint: Joint, saved: Collection[Node]) -> Split:
     primals = list(joint.primals)
     saved_primals = [name for name in primals if joint.primals[name] in emitter.primals]
     residuals = [_residual_name(r) for r in emitter.residuals]
+    extra = [name for name in primals for _ in joint.grads.get(name, ())[1:]]
     return Split(
         _forward(joint, emitter),
-        emitter.module([*saved_primals, *residuals], primals),
+        emitter.module([*saved_primals, *residuals], [*primals, *extra]),
         primals,
+        extra,
         saved_primals,
         residuals,
         list(joint.writes),
@@ -102,13 +108,14 @@ def backward_from(joint: Joint, have: Split) -> tuple[GraphModule, list[int]]:
     if missing:
         raise CaptureError(f"backward needs {missing[0]}, which was not kept")
     extra = [name for name in primals if name not in have.saved_primals]
-    module = emitter.module([*have.saved_primals, *have.residuals, *extra], have.primals)
+    arguments = [*have.saved_primals, *have.residuals, *extra]
+    module = emitter.module(arguments, [*have.primals, *have.extra])
     return module, [have.primals.index(name) for name in extra]
 
 
 def read_before_written(joint: Joint) -> list[str]:
     """The primals that forward changes, and whose contents before the change have any effect."""
-    wanted = [*joint.outputs, *(g for g in joint.grads.values() if g is not None)]
+    wanted = [*joint.outputs, *(g for each in joint.grads.values() for g in each)]
     seen: set[Node] = set()
     while wanted:
         node = wanted.pop()
@@ -160,13 +167,14 @@ class _Backward:
         self._arguments: dict[_Residual, Node] = {}
         self._emit()
 
-    def module(self, arguments: Sequence[str], primals: Sequence[str]) -> GraphModule:
+    def module(self, arguments: Sequence[str], wanted: Sequence[str]) -> GraphModule:
         """The finished graph.
 
         Args:
             arguments: Names of primals and residuals in the order in which they are handed in,
                 before the cotangents; those that the graph does not read are dropped at once.
-            primals: Names of the primals for which a gradient is returned.
+            wanted: Names of the primals for which a gradient is returned; a name that occurs twice
+                gets two contributions.
         """
         by_name = dict(self.joint.primals)
         residuals = {_residual_name(r): r for r in self.residuals}
@@ -179,13 +187,23 @@ class _Backward:
         for node in self.joint.cotangents:
             self._body.prepend(self._arguments[node])
         self._graph.erase_node(self._body)
-        grads = (self.joint.grads.get(name) for name in primals)
-        self._graph.output(tuple(None if g is None else self._copies[g] for g in grads))
+        delivered = {name: self._deliver(name, n) for name, n in Counter(wanted).items()}
+        self._graph.output(tuple(delivered[name].pop(0) for name in wanted))
         reinplace(self._graph, {})
         return graph_module(self._graph, "Backward")
 
+    def _deliver(self, name: str, places: int) -> list[Node | None]:
+        """The contributions to a gradient, added up if there are more than places for them."""
+        grads = [self._copies[g] for g in self.joint.grads.get(name, ())]
+        while len(grads) > places:
+            first, second, *rest = grads
+            total = self._graph.call_function(torch.ops.aten.add.Tensor, (first, second))
+            total.meta = dict(first.meta)
+            grads = [total, *rest]
+        return [*grads, *[None] * (places - len(grads))]
+
     def _emit(self) -> None:
-        joint, wanted = self.joint, [g for g in self.joint.grads.values() if g is not None]
+        joint, wanted = self.joint, [g for each in self.joint.grads.values() for g in each]
         needed = reachable(wanted, stop=lambda n: n.meta.get("phase") == "forward")
         for node in joint.cotangents:
             self._copies[node] = self._argument(node, node.name, node.meta["val"])

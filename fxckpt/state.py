@@ -95,7 +95,7 @@ def substituted(
     try:
         for _, m, _ in modules:
             for slots in (m._parameters, m._buffers):
-                slots.update({k: stand_ins.get(id(t), t) for k, t in slots.items()})  # type: ignore[misc]
+                slots.update({k: stand_ins.get(id(t), t) for k, t in slots.items()})
             for key, value in attributes(m):
                 m.__dict__[key] = _replaced(value, stand_ins)
         during = [(path, m, _Contents(m)) for path, m, _ in modules]
@@ -123,12 +123,12 @@ class _Contents:
         for members, then in self._slots:
             members.clear()
             members.update(then)
-        for container, then in self._inner:
+        for container, contents in self._inner:
             if isinstance(container, list):
-                container[:] = then
+                container[:] = contents
             else:
                 container.clear()
-                container.update(then)
+                container.update(contents)
 
     def assignments(self, m: nn.Module, path: str) -> Iterator[Assignment]:
         """What was assigned since.

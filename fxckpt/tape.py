@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch.fx import Graph, Node
 
 from fxckpt import ops, tree
 from fxckpt.errors import CaptureError
-from fxckpt.joint import Joint, Primal, reachable
+from fxckpt.joint import MAX_CONTRIBUTIONS, Joint, Primal, reachable
 from fxckpt.modes import AutocastState, autocast_as
 from fxckpt.places import Places, user_source_of
 from fxckpt.recorder import Recorder
@@ -86,21 +86,17 @@ class Tape:
         recorder.phase = self.places.phase = "backward"
         fakes, cotangents = self._cotangents(key)
         outputs = [t for t, c in zip(self.outputs, key.cotangents, strict=True) if c is not None]
-        leaves = [(p, leaf) for p in self.primals for leaf in p.leaves if leaf.requires_grad]
-        grads: list[torch.Tensor | None] = []
+        leaves = [leaf for p in self.primals for leaf in p.leaves if leaf.requires_grad]
+        found: dict[int, list[torch.Tensor]] = {}
         if outputs and leaves:
             with reported("backward"), recorder.fake_mode, recorder, autocast_as(key.autocast):
-                grads = list(
-                    torch.autograd.grad(
-                        outputs, [t for _, t in leaves], fakes, retain_graph=True, allow_unused=True
-                    )
-                )
-        by_primal: dict[str, Node | None] = {p.name: None for p in self.primals if p.requires_grad}
-        for (primal, _), grad in zip(leaves, grads, strict=bool(grads)):
-            if grad is not None:
-                if by_primal[primal.name] is not None:
-                    raise CaptureError(f"{primal.name} is reached in two ways, one of them hidden")
-                by_primal[primal.name] = recorder.node_for(grad)
+                found = _gradients(outputs, leaves, fakes)
+        by_primal = {}
+        for primal in self.primals:
+            grads = [found[id(leaf)] for leaf in primal.leaves if id(leaf) in found]
+            if len(grads) > 1:
+                raise CaptureError(f"{primal.name} is reached in two ways, one of them hidden")
+            by_primal[primal.name] = tuple(recorder.node_for(g) for each in grads for g in each)
         return _extract(self, cotangents, by_primal)
 
     def _cotangents(self, key: BackwardKey) -> tuple[list[torch.Tensor], list[Node]]:
@@ -112,6 +108,61 @@ class Tape:
                 fakes.append(fake)
                 nodes.append(self.recorder.add_placeholder(fake, f"cotangent_{i}"))
         return fakes, nodes
+
+
+def _gradients(
+    outputs: list[torch.Tensor], leaves: list[torch.Tensor], cotangents: list[torch.Tensor]
+) -> dict[int, list[torch.Tensor]]:
+    """Runs autograd; returns the contributions to the gradient of each leaf, by `id`, in order.
+
+    See the note on contributions in `joint`.
+    """
+    contributions: dict[int, list[torch.Tensor]] = {}
+    handles = [
+        node.register_hook(_contribution_hook(places, contributions))
+        for node, places in _edges_to(leaves, outputs)
+    ]
+    grads = torch.autograd.grad(outputs, leaves, cotangents, retain_graph=True, allow_unused=True)
+    for handle in handles:
+        handle.remove()
+    return {
+        id(leaf): several
+        if 1 < len(several := contributions.get(id(leaf), [])) <= MAX_CONTRIBUTIONS
+        else [grad]
+        for leaf, grad in zip(leaves, grads, strict=True)
+        if grad is not None
+    }
+
+
+def _edges_to(
+    leaves: list[torch.Tensor], outputs: list[torch.Tensor]
+) -> Iterator[tuple[Any, dict[int, int]]]:
+    """The autograd nodes that contribute to leaves, with {position of the gradient: id of leaf}."""
+    wanted = {id(leaf) for leaf in leaves}
+    seen: set[Any] = set()
+    stack = [t.grad_fn for t in outputs]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        targets = [following for following, _ in node.next_functions]
+        places = {i: id(t.variable) for i, t in enumerate(targets) if hasattr(t, "variable")}
+        places = {i: leaf for i, leaf in places.items() if leaf in wanted}
+        if places:
+            yield node, places
+        stack.extend(targets)
+
+
+def _contribution_hook(
+    places: dict[int, int], contributions: dict[int, list[torch.Tensor]]
+) -> Callable[[Any, Any], None]:
+    def hook(grads: Any, _: Any) -> None:
+        for position, leaf in places.items():
+            if grads[position] is not None:
+                contributions.setdefault(leaf, []).append(grads[position])
+
+    return hook
 
 
 @contextlib.contextmanager
@@ -132,7 +183,7 @@ def reported(phase: str) -> Iterator[None]:
         ) from error
 
 
-def _extract(tape: Tape, cotangents: list[Node], grads: dict[str, Node | None]) -> Joint:
+def _extract(tape: Tape, cotangents: list[Node], grads: dict[str, tuple[Node, ...]]) -> Joint:
     """The part of the tape that outputs, writes and these gradients need, as a graph of its own."""
     recorder = tape.recorder
     outputs = tape.output_nodes
@@ -147,7 +198,7 @@ def _extract(tape: Tape, cotangents: list[Node], grads: dict[str, Node | None]) 
         for n in nodes
         if n.op == "call_function" and n.meta["phase"] == "forward" and ops.node_is_random(n)
     ]
-    wanted = [*outputs, *writes.values(), *(g for g in grads.values() if g is not None)]
+    wanted = [*outputs, *writes.values(), *(g for each in grads.values() for g in each)]
     needed = reachable([*wanted, *random]) | set(cotangents)
     graph = Graph()
     copies: dict[Node, Node] = {}
@@ -170,7 +221,7 @@ def _extract(tape: Tape, cotangents: list[Node], grads: dict[str, Node | None]) 
         [copies[n] for n in cotangents],
         [copies[n] for n in outputs],
         {name: copies[n] for name, n in writes.items()},
-        {name: None if n is None else copies[n] for name, n in grads.items()},
+        {name: tuple(copies[n] for n in each) for name, each in grads.items()},
     )
 
 

@@ -292,15 +292,17 @@ class LiveBytes(TorchDispatchMode):
         return max((live for _, live in self.trace), default=0)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for tensor in tensors_in((args, kwargs or {})):
+            self._watch(tensor, counts=False)
         out = func(*args, **(kwargs or {}))
         for tensor in tensors_in(out):
-            self._watch(tensor)
+            self._watch(tensor, counts=True)
         self.trace.append((func.overloadpacket.__name__, self.live))
         return out
 
-    def _watch(self, tensor: Tensor) -> None:
+    def _watch(self, tensor: Tensor, *, counts: bool) -> None:
         storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
+        key, size = storage._cdata, storage.nbytes() * counts
         if key in self._known:
             return
         self._known.add(key)

@@ -39,9 +39,7 @@ def main() -> tuple[dict[str, Memory], bool]:
     found, equal = {"eager": memory}, True
     ways = {
         'policy="block"': fxckpt.rewrite(model, policy="block"),
-        'recompute="bert.encoder.layer.*"': fxckpt.rewrite(
-            model, recompute="bert.encoder.layer.*"
-        ),
+        'recompute="bert.encoder.layer.*"': fxckpt.rewrite(model, recompute="bert.encoder.layer.*"),
     }
     for name, rewritten in ways.items():
         grads, found[name] = train_once(rewritten, batch)

@@ -39,10 +39,10 @@ def largest(fits: Callable[[int], bool]) -> int:
     return low
 
 
-def main(limit: int = 8 * 2**20) -> tuple[int, int]:
+def main(limit: int = 4 * 2**20) -> tuple[int, int]:
     """The largest batch in `limit` bytes, in eager mode and checkpointed."""
     torch.manual_seed(0)
-    model = nn.Sequential(*(Residual(32) for _ in range(8)))
+    model = nn.Sequential(*(Residual(32) for _ in range(6)))
     rewritten = fxckpt.rewrite(model, policy="block")
     before, after = (largest(lambda n, m=m: peak(m, n) <= limit) for m in (model, rewritten))
     print(f"in {limit / 2**20:.0f} MiB fit {before} samples before, {after} after")
