@@ -145,18 +145,26 @@ def _merged(structure: Structure, cores: list[_Core]) -> list[_Core]:
 def _attention(structure: Structure, core: _Core) -> Region:
     """The region around a core: the widest call made for it alone, or what belongs to it inline."""
     chain = structure.common_calls(core.nodes)
-    home = chain[-1]
-    if (home.path or is_attention(home)) and _serves(structure, core, home):
-        for parent in chain[-2:0:-1]:
-            if not (is_attention(parent) and _serves(structure, core, parent)):
-                break
-            home = parent
-        return structure.region("attention", home)
-    scope = structure.scopes[home]
+    depth, nodes = len(chain) - 1, core.nodes
+    if (chain[-1].path or is_attention(chain[-1])) and _serves(structure, core, chain[-1]):
+        while depth > 1 and _widens(structure, core, chain[depth - 1], chain[depth]):
+            depth -= 1
+        whole = structure.region("attention", chain[depth])
+        if depth == 0 or any(is_product(n) and n not in core.nodes for n in whole.nodes):
+            return whole
+        # A module of the core alone: its projections are in the call around it.
+        depth, nodes = depth - 1, set(whole.nodes)
+    scope = structure.scopes[chain[depth]]
     first = first_products(core.operands, scope.__contains__, inputs) & scope.keys()
     last = _output_projections(core, scope)
-    nodes = core.nodes | between(first, core.nodes, scope) | between(core.last, last, scope)
-    return inline(structure, "attention", home, nodes)
+    nodes = nodes | between(first, core.nodes, scope) | between(core.last, last, scope)
+    return inline(structure, "attention", chain[depth], nodes)
+
+
+def _widens(structure: Structure, core: _Core, parent: Call, call: Call) -> bool:
+    """Whether a parent call belongs to attention too: by its name, or as it holds projections."""
+    more = any(is_product(n) for n in structure.scopes[parent].keys() - structure.scopes[call])
+    return (more or is_attention(parent)) and _serves(structure, core, parent)
 
 
 def _output_projections(core: _Core, scope: Collection[Node]) -> set[Node]:

@@ -38,6 +38,7 @@ class Call:
 
 
 Chain = tuple[Call, ...]  # from the root to the innermost call
+Modules = list[tuple[str, type]]  # paths and classes, likewise
 
 
 def call_chains(joint: Joint) -> dict[Node, Chain]:
@@ -52,7 +53,7 @@ def call_chains(joint: Joint) -> dict[Node, Chain]:
 def _descend(
     nodes: Sequence[Node],
     depth: int,
-    called: dict[Node, list[tuple[str, type]]],
+    called: dict[Node, Modules],
     counts: dict[str, int],
     chains: dict[Node, Chain],
 ) -> None:
@@ -61,7 +62,7 @@ def _descend(
     for module, run in runs:
         if module is None:
             continue
-        for part in _separate_calls(list(run), module[0]):
+        for part in _separate_calls(list(run), *module):
             call = Call(module[0], counts.get(module[0], 0), module[1])
             counts[module[0]] = call.index + 1
             for node in part:
@@ -69,13 +70,18 @@ def _descend(
             _descend(part, depth + 1, called, counts, chains)
 
 
-def _separate_calls(nodes: list[Node], path: str) -> list[list[Node]]:
+def _separate_calls(nodes: list[Node], path: str, cls: type) -> list[list[Node]]:
     """Splits operations that stand below one module into the calls of that module."""
+    if not path:
+        return [nodes]
     known = [(i, n.meta["call"]) for i, n in enumerate(nodes) if n.meta["path"] == path]
     borders = [0]
     for (before, call), (after, next_call) in itertools.pairwise(known):
         if call != next_call:
             borders.append(_border(nodes, before + 1, after))
+    if not known and issubclass(cls, nn.Sequential):  # runs each module once, and nothing itself
+        while (border := _border(nodes, borders[-1] + 1, len(nodes))) < len(nodes):
+            borders.append(border)
     return [nodes[a:b] for a, b in itertools.pairwise([*borders, len(nodes)])]
 
 
@@ -94,18 +100,40 @@ def _frame(node: Node) -> tuple[str, int]:
     return node.meta["path"], node.meta["call"]
 
 
-def _called_modules(nodes: Sequence[Node]) -> dict[Node, list[tuple[str, type]]]:
-    """Path and class of each running module, from the root on."""
+def _called_modules(nodes: Sequence[Node]) -> dict[Node, Modules]:
+    """The running modules of each operation."""
     known = {n.meta["path"]: n.meta["types"][-1] for n in nodes if n.meta["types"]}
     rooted = _has_root(nodes)
 
     @functools.cache
-    def modules(path: str, types: tuple[type, ...]) -> list[tuple[str, type]]:
+    def own(path: str, types: tuple[type, ...]) -> tuple[Modules, int]:
+        """The modules that the path tells, and the number of those above that it does not."""
         root, *inner = types if rooted else (object, *types)
         prefixes = list(itertools.accumulate(path.split("."), "{}.{}".format)) if path else []
-        return [("", root), *zip(_likely(prefixes, inner, known), inner, strict=True)]
+        hidden = max(len(inner) - len(prefixes), 0)
+        told = inner[hidden:]
+        return [("", root), *zip(_likely(prefixes, told, known), told, strict=True)], hidden
 
-    return {n: modules(n.meta["path"], n.meta["types"]) for n in nodes}
+    found = [own(n.meta["path"], n.meta["types"]) for n in nodes]
+    called: dict[Node, Modules] = {}
+    for i, (node, (modules, hidden)) in enumerate(zip(nodes, found, strict=True)):
+        near = [called[nodes[i - 1]]] if i else []
+        near += [m for m, missing in found[i + 1 : i + 2] if not missing]
+        above = node.meta["types"] if rooted else (object, *node.meta["types"])
+        classes = above[: hidden + 1]
+        called[node] = [*_callers(classes, near), *modules[1:]] if hidden else modules
+    return called
+
+
+def _callers(classes: tuple[type, ...], near: Sequence[Modules]) -> Modules:
+    """The modules of these classes that call a shared one, which has its path from elsewhere.
+
+    They are those around the operation before or after, if the classes agree.
+    """
+    for modules in near:
+        if tuple(cls for _, cls in modules[: len(classes)]) == classes:
+            return modules[: len(classes)]
+    return [("", classes[0]), *((cls.__name__, cls) for cls in classes[1:])]
 
 
 def _has_root(nodes: Sequence[Node]) -> bool:
@@ -119,7 +147,6 @@ def _has_root(nodes: Sequence[Node]) -> bool:
 
 def _likely(prefixes: list[str], types: list[type], known: dict[str, type]) -> tuple[str, ...]:
     """The prefixes of a path that were called, given the classes of what was called."""
-
     if len(prefixes) == len(types):
         return tuple(prefixes)
 
@@ -129,8 +156,8 @@ def _likely(prefixes: list[str], types: list[type], known: dict[str, type]) -> t
         return 4 * contradicted + sum(is_list(prefix, cls) for prefix, cls in pairs)
 
     def is_list(prefix: str, cls: type) -> bool:
-        numbered = any(p.removeprefix(f"{prefix}.").isdigit() for p in prefixes)
-        return numbered and not issubclass(cls, nn.Sequential)
+        inner = (p[len(prefix) + 1 :] for p in prefixes if p.startswith(f"{prefix}."))
+        return not issubclass(cls, nn.Sequential) and any(map(str.isdigit, inner))
 
     # Lists of modules tend to stand above what is called: of equals, the last combination.
     return min(reversed([*itertools.combinations(prefixes, len(types))]), key=doubt)

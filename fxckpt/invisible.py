@@ -21,7 +21,7 @@ from fxckpt.errors import CaptureError
 # Functions of libraries that ask whether a tensor is fake, in order to take another branch.
 _FAKE_CHECKS = (("transformers.utils.import_utils", "is_fake_tensor"),)
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @contextlib.contextmanager
@@ -96,7 +96,7 @@ def refuse_hooks(root: nn.Module) -> None:
         CaptureError: naming the hook.
     """
     for path, m in root.named_modules():
-        for kind in _HOOKS:
+        for kind in HOOKS:
             for hook in getattr(m, kind).values():
                 owner = getattr(type(hook), "__module__", "")
                 if path and not owner.startswith("torch.nn.utils"):

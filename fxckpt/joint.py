@@ -40,7 +40,6 @@ from torch.fx import Graph, Node
 
 from fxckpt import ops
 
-
 MAX_CONTRIBUTIONS = 4  # beyond, holding them all would cost more memory than exactness is worth
 
 

@@ -206,7 +206,7 @@ View = tuple[tuple[int, ...], tuple[int, ...], int]  # size, stride, offset with
 Plan = Sequence[tuple[int | str, View | None]]  # the mutated arguments of an `inplace`
 
 
-def inplace(op: OpOverload, mutated: Plan, *args: Any, **kwargs: Any) -> Any:
+def inplace(op: OpOverload, mutated: Plan, /, *args: Any, **kwargs: Any) -> Any:
     """A mutating operation as a pure function: runs `op` on copies, returns them.
 
     `mutated` lists the arguments that `op` writes to, each with the view of the argument that is
@@ -221,7 +221,7 @@ def inplace(op: OpOverload, mutated: Plan, *args: Any, **kwargs: Any) -> Any:
     return _run_inplace(op, mutated, args, kwargs, copy=True)
 
 
-def inplace_donated(op: OpOverload, mutated: Plan, *args: Any, **kwargs: Any) -> Any:
+def inplace_donated(op: OpOverload, mutated: Plan, /, *args: Any, **kwargs: Any) -> Any:
     """`inplace` where the mutated arguments are given away: no copy is made."""
     return _run_inplace(op, mutated, args, kwargs, copy=False)
 
@@ -269,7 +269,7 @@ def read_rng_state(device: torch.device) -> torch.Tensor:
 
 
 def with_rng_state(
-    state: torch.Tensor, device: torch.device, op: Any, *args: Any, **kwargs: Any
+    state: torch.Tensor, device: torch.device, op: Any, /, *args: Any, **kwargs: Any
 ) -> Any:
     """Runs `op` as it ran when `state` was read, and leaves the generator as it was."""
     with rng_state_as(state, device):

@@ -16,6 +16,7 @@ from fxckpt import invisible
 
 _TORCH = str(Path(torch.__file__).parent)
 _HERE = str(Path(__file__).parent)
+_STANDARD_LIBRARY = str(Path(contextlib.__file__).parent)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -92,7 +93,10 @@ def user_source_of(error: BaseException) -> str:
 
 
 def _is_users(frame: FrameType) -> bool:
-    return not frame.f_code.co_filename.startswith((_TORCH, _HERE, "<"))
+    name = frame.f_code.co_filename
+    if name.startswith(_STANDARD_LIBRARY) and "site-packages" not in name:
+        return False
+    return not name.startswith((_TORCH, _HERE, "<"))
 
 
 def _line(frame: FrameType, number: int) -> str:

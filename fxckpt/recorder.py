@@ -91,6 +91,8 @@ class Recorder(TorchDispatchMode):
             when a shape depends on values (`nonzero`); returns the result or raises.
     """
 
+    supports_higher_order_operators = True  # they reach us, to be refused
+
     def __init__(
         self,
         fake_mode: FakeTensorMode,

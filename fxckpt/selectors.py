@@ -15,7 +15,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -113,9 +113,9 @@ class Selection:
         packets = {_text(v.op): str(_packet(v.op)) for v in self._values}
         if not isinstance(selector, str):
             return packets
-        paths = {_general(c.path): "" for c in self._structure.scopes if c.path}
-        last = {path.rpartition(".")[2]: path for path in paths}
-        return {**packets, **last, **{path: path for path in paths}}
+        paths = dict.fromkeys(_general(c.path) for c in self._structure.scopes if c.path)
+        ends = {end: path for path in paths for end in _ends(path)}
+        return {**{path: path for path in paths}, **packets, **ends}
 
 
 def flat(selectors: Any, option: str) -> list[Any]:
@@ -184,6 +184,12 @@ def _text(selector: Any) -> str:
     return (
         selector.__name__ if isinstance(selector, type) else str(_packet(selector)).split(".")[-1]
     )
+
+
+def _ends(path: str) -> Iterator[str]:
+    """`"a.b.c"`, `"b.c"` and `"c"`, as a pattern may leave out the beginning."""
+    parts = path.split(".")
+    return (".".join(parts[i:]) for i in range(len(parts)))
 
 
 def _general(path: str) -> str:

@@ -8,7 +8,8 @@ compares it with what it was at the previous call and hands out a small number f
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import inspect
+from collections.abc import Hashable, Iterable, Sequence
 from operator import is_
 from typing import Any
 
@@ -16,8 +17,9 @@ import torch
 from torch import nn
 
 from fxckpt import tree
+from fxckpt.invisible import HOOKS
 from fxckpt.modes import autocast_state
-from fxckpt.state import held_tensors
+from fxckpt.state import attributes, held_tensors
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
@@ -73,8 +75,10 @@ class Watch:
         # Containers by identity: each is counted once, however many tensors it holds.
         containers = {id(c): c for h in held for c, _ in h.slots}
         containers |= {id(d): d for m in modules for d in (m._parameters, m._buffers)}
-        self._counts = [(c, len(c)) for c in containers.values()]
-        self._attributes = [_Attributes(m.__dict__) for m in modules]
+        containers |= {id(d): d for m in modules for d in _hooks(m)}
+        self._containers = list(containers.values())
+        self._counts = list(map(len, self._containers))
+        self._contents = [_Contents(c) for c in _containers(modules)]
         self._numbers: dict[Hashable, tuple[int, Any]] = {}
         self._tensors: list[Any] = []
         self._geometry: list[Any] = []
@@ -84,11 +88,11 @@ class Watch:
         """The same number for the same state; None if the structure of the module changed.
 
         After None everything that was captured is void: a submodule was replaced, a parameter
-        added, weights were tied or untied.
+        added, weights were tied or untied, a hook was registered or removed.
         """
         if any(list(d.values()) != children for d, children in self._children):
             return None
-        if any(len(members) != n for members, n in self._counts):
+        if list(map(len, self._containers)) != self._counts:
             return None
         try:
             tensors: list[Any] = [container[key] for container, key in self._slots]
@@ -101,7 +105,7 @@ class Watch:
         geometry = [(t.dtype, t.requires_grad, t.shape, t.stride(), t.device) for t in tensors]
         if geometry != self._geometry:
             self._geometry, self._number = geometry, None
-        if self._number is None or not all(a.unchanged() for a in self._attributes):
+        if self._number is None or not all(a.unchanged() for a in self._contents):
             self._number = self._look_up()
         return self._number
 
@@ -114,51 +118,95 @@ class Watch:
         return all(len({id(c[k]) for c, k in slots}) == 1 for slots in self._tied)
 
     def _look_up(self) -> int | None:
-        if any(a.other_tensors() for a in self._attributes):
+        if any(a.other_tensors() for a in self._contents):
             return None
-        values = [a.read() for a in self._attributes]
-        key = tuple(self._geometry), tuple(a.key() for a in self._attributes)
+        values = [a.read() for a in self._contents]
+        key = tuple(self._geometry), tuple(a.key() for a in self._contents)
         # The objects are kept, so that no other object gets an id that is part of a key.
         return self._numbers.setdefault(key, (len(self._numbers), values))[0]
 
 
-class _Attributes:
-    """The attributes of one module that are not tensors: training flag, numbers, objects."""
+def _hooks(m: nn.Module) -> list[Any]:
+    return [m.__dict__[name] for name in HOOKS]
 
-    def __init__(self, attributes: dict[str, Any]) -> None:
-        self._attributes = attributes
-        self._tensors = self._tensor_names()
+
+class _Contents:
+    """What a dictionary or list holds that is not a tensor: training flags, numbers, objects."""
+
+    def __init__(self, container: dict[str, Any] | list[Any]) -> None:
+        self._container = container
+        self._tensors = self._tensor_keys()
         self._before: list[Any] = []
         self._simple = True  # no value whose comparison could be elementwise
 
     def unchanged(self) -> bool:
         """Whether all values are those of the last `read`."""
         if self._simple:
-            return list(self._attributes.values()) == self._before
-        now = [v for v in self._attributes.values() if not isinstance(v, torch.Tensor)]
+            return list(self._values()) == self._before
+        now = [v for v in self._values() if not isinstance(v, torch.Tensor)]
         return len(now) == len(self._before) and all(map(is_, now, self._before))
 
     def other_tensors(self) -> bool:
-        """Whether other attributes are tensors than when the watch began."""
-        return self._tensor_names() != self._tensors
-
-    def _tensor_names(self) -> set[str]:
-        return {k for k, v in self._attributes.items() if isinstance(v, torch.Tensor)}
+        """Whether other places hold tensors than when the watch began."""
+        return self._tensor_keys() != self._tensors
 
     def read(self) -> list[Any]:
         """Remembers the present values, and returns them."""
-        values = self._attributes.values()
-        self._simple = not any(hasattr(v, "__array__") for v in values)
-        self._before = [v for v in values if not isinstance(v, torch.Tensor)]
+        self._simple = not any(hasattr(v, "__array__") for v in self._values())
+        self._before = [v for v in self._values() if not isinstance(v, torch.Tensor)]
         return self._before
 
     def key(self) -> Hashable:
         """The present state: plain values by value, other objects by identity."""
-        return tuple(map(_attribute_key, self._attributes.items()))
+        return tuple(map(_key, self._items()))
+
+    def _values(self) -> Iterable[Any]:
+        return self._container.values() if isinstance(self._container, dict) else self._container
+
+    def _items(self) -> Iterable[tuple[Any, Any]]:
+        if isinstance(self._container, dict):
+            return self._container.items()
+        return enumerate(self._container)
+
+    def _tensor_keys(self) -> set[Any]:
+        return {k for k, v in self._items() if isinstance(v, torch.Tensor)}
 
 
-def _attribute_key(item: tuple[str, Any]) -> Hashable:
-    key, value = item
+def _key(item: tuple[Any, Any]) -> Hashable:
+    name, value = item
     if isinstance(value, torch.Tensor):
-        return key, torch.Tensor  # compared by its geometry, like parameters
-    return key, tree.static_key(value) if isinstance(value, _PLAIN) else id(value)
+        return name, torch.Tensor  # compared by its geometry, like parameters
+    return name, tree.static_key(value) if isinstance(value, _PLAIN) else id(value)
+
+
+def _containers(modules: Iterable[nn.Module]) -> list[Any]:
+    """The dictionaries and lists in which modules keep their state.
+
+    These are the attributes of modules, of objects among them (configurations), and containers in
+    them, each once.
+    """
+    found: dict[int, Any] = {id(m.__dict__): m.__dict__ for m in modules}
+    stack = [(value, 0) for m in modules for _, value in attributes(m)]
+    while stack:
+        value, depth = stack.pop()
+        container = _state_of(value)
+        if container is None or id(container) in found or depth > _DEPTH:
+            continue
+        if not isinstance(container, tuple):
+            found[id(container)] = container
+        inner = container.values() if isinstance(container, dict) else container
+        stack.extend((v, depth + 1) for v in inner)
+    return list(found.values())
+
+
+_DEPTH = 4
+
+
+def _state_of(value: Any) -> dict[str, Any] | list[Any] | tuple[Any, ...] | None:
+    if isinstance(value, (dict, list, tuple)):
+        return value
+    if isinstance(value, (nn.Module, torch.Tensor, type)) or inspect.isroutine(value):
+        return None
+    if inspect.ismodule(value) or type(value).__module__.startswith("fxckpt."):
+        return None
+    return getattr(value, "__dict__", None)

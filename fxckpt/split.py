@@ -294,7 +294,9 @@ def _forward(joint: Joint, backward: _Backward) -> GraphModule:
         if node not in needed:
             continue
         if node in states:
-            extra[_State(node)] = graph.call_function(ops.read_rng_state, (ops.node_device(node),))
+            state = graph.call_function(ops.read_rng_state, (ops.node_device(node),))
+            state.meta["region"] = _region("recomputed in backward:", node)
+            extra[_State(node)] = state
         copies[node] = graph.node_copy(node, copies.__getitem__)
         if (alias := node.meta.get("alias")) is not None:
             copies[node].meta["alias"] = copies[alias]

@@ -64,6 +64,7 @@ class Tape:
     spec: tree.Spec  # structure of (the result, the values assigned to modules)
     assigned: list[Slot]  # where these values belong
     guards: list[Guard]
+    _joints: dict[BackwardKey, Joint] = dataclasses.field(default_factory=dict)
 
     def expected_backward(self) -> BackwardKey:
         """The likely backward: the loss alone if there is a differentiable scalar, else all."""
@@ -82,6 +83,11 @@ class Tape:
         Raises:
             CaptureError: if backward does something that a graph cannot reproduce.
         """
+        if key not in self._joints:
+            self._joints[key] = self._differentiate(key)
+        return self._joints[key]
+
+    def _differentiate(self, key: BackwardKey) -> Joint:
         recorder = self.recorder
         recorder.phase = self.places.phase = "backward"
         fakes, cotangents = self._cotangents(key)
@@ -147,7 +153,8 @@ def _edges_to(
             continue
         seen.add(node)
         targets = [following for following, _ in node.next_functions]
-        places = {i: id(t.variable) for i, t in enumerate(targets) if hasattr(t, "variable")}
+        variables = [getattr(t, "variable", None) for t in targets]  # of AccumulateGrad nodes
+        places = {i: id(v) for i, v in enumerate(variables) if v is not None}
         places = {i: leaf for i, leaf in places.items() if leaf in wanted}
         if places:
             yield node, places
@@ -176,7 +183,7 @@ def reported(phase: str) -> Iterator[None]:
         source = user_source_of(error)
         raise CaptureError(error.reason, path=error.path, source=source, hint=error.hint) from error
     except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        first = str(error).strip().split("\n")[0].rstrip(".")
         raise CaptureError(
             f"{phase} raised {type(error).__name__} while it was captured: {first}",
             source=user_source_of(error),

@@ -107,6 +107,11 @@ class Unit:
                 return None, inputs
             captured = next((c for c in known if c.guards_hold(inputs)), None)
             if captured is None:
+                if len(known) >= self.options.cache_size:
+                    raise CaptureError(
+                        f"forward reads a value that differed {len(known)} times",
+                        hint="Keep decisions that change at each call outside of the model.",
+                    )
                 captured = self._capture(module, args, kwargs, spec)
                 known.append(captured)
             if not captured.differentiable:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.utils import ModelOutput
 
@@ -247,11 +248,18 @@ def graph_texts(model: nn.Module) -> tuple[str, str]:
     return forward.code.strip(), backward.code.strip()
 
 
+def guard_calls(model: nn.Module) -> list[str]:
+    """Operations that run at each call to check values that Python read, as `Counter` names them."""
+    modules = [guard.compute for guard in captures(model)[-1].tape.guards]
+    nodes = [n for m in modules for n in m.graph.nodes if n.op == "call_function"]
+    return [n.target.overloadpacket.__name__ for n in nodes if hasattr(n.target, "overloadpacket")]
+
+
 # --- counting and watching ----------------------------------------------------------------------
 
 
 class Counter(TorchDispatchMode):
-    """Counts executed operations by name, e.g. `counter["mm"]`; views and detach do not count."""
+    """Counts executed operations by name, e.g. `counter["mm"]`; views and fakes do not count."""
 
     free = frozenset(
         "detach view _unsafe_view t transpose permute expand unsqueeze squeeze select slice alias "
@@ -263,10 +271,11 @@ class Counter(TorchDispatchMode):
         self.calls: list[str] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        if name not in self.free:
+        if name not in self.free and not any(map(is_fake, tensors_in(out))):
             self.calls.append(name)
-        return func(*args, **(kwargs or {}))
+        return out
 
     def __getitem__(self, name: str) -> int:
         return self.calls.count(name)
@@ -278,7 +287,7 @@ class Counter(TorchDispatchMode):
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages made while active and still alive, after each operation."""
+    """Bytes of the real storages made while active and still alive, after each operation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -296,7 +305,7 @@ class LiveBytes(TorchDispatchMode):
             self._watch(tensor, counts=False)
         out = func(*args, **(kwargs or {}))
         for tensor in tensors_in(out):
-            self._watch(tensor, counts=True)
+            self._watch(tensor, counts=not is_fake(tensor))
         self.trace.append((func.overloadpacket.__name__, self.live))
         return out
 

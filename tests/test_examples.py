@@ -3,10 +3,15 @@
 import ast
 import importlib
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
+
+import fxckpt
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "docs" / "examples"
@@ -145,3 +150,137 @@ def test_every_reason_to_fall_back_is_documented() -> None:
 def test_no_documented_reason_is_outdated() -> None:
     outdated = quoted() - reasons()
     assert not outdated, f"docs/limits.md quotes what the code no longer says: {sorted(outdated)}"
+
+
+# The four cases of docs/limits.md that are not bit-identical: equal up to rounding, and each beside
+# a neighbour that is bit-identical.
+
+
+class Twice(nn.Module):
+    """Applies its layer twice if it is tied, else one after the other."""
+
+    def __init__(self, tied: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(16, 16)
+        self.second = self.first if tied else nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.second(torch.tanh(self.first(x)))).square().sum()
+
+
+class Branches(nn.Module):
+    """Reads its input twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.left(x)) + torch.sigmoid(self.right(x))
+
+
+class Shortcut(nn.Module):
+    """`Branches` under a residual connection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.inner = nn.Linear(16, 16), Branches()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        return (h + self.inner(h)).square().sum()
+
+
+def autocast() -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def rewritten(model: nn.Module) -> nn.Module:
+    return fxckpt.rewrite(model, "nothing", strict=True)
+
+
+def compare(
+    gradients: Callable[[nn.Module], Sequence[Tensor]],
+    *models: nn.Module,
+    exact: bool,
+    rounding: float = 1e-5,
+) -> None:
+    """Asserts that the gradients of both models are equal: exactly, or up to rounding."""
+    tolerance = 0.0 if exact else rounding
+    eager, ours = map(gradients, models)
+    torch.testing.assert_close(ours, eager, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("with_loss", [False, True])
+def test_second_order_gradients(with_loss: bool) -> None:
+    x = torch.randn(8, 16)
+
+    def gradients(model: nn.Module) -> Sequence[Tensor]:
+        loss, parameters = model(x), list(model.parameters())
+        first = torch.autograd.grad(loss, parameters, create_graph=True)
+        penalty = torch.stack([g.square().sum() for g in first]).sum()
+        total = penalty + loss if with_loss else penalty
+        return [*first, *torch.autograd.grad(total, parameters)]
+
+    model = Twice(tied=False)
+    first = len(list(model.parameters()))
+    compare(lambda m: gradients(m)[:first], model, rewritten(model), exact=True)
+    compare(gradients, model, rewritten(model), exact=not with_loss)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("together", [False, True])
+def test_several_forwards(tied: bool, together: bool) -> None:
+    inputs = torch.randn(3, 8, 16)
+
+    def gradients(model: nn.Module) -> Sequence[Tensor]:
+        model.zero_grad()
+        if together:
+            torch.stack([model(x) for x in inputs]).sum().backward()
+        else:
+            for x in inputs:
+                model(x).backward()
+        return [p.grad for p in model.parameters()]
+
+    model = Twice(tied)
+    compare(gradients, model, rewritten(model), exact=not (tied and together))
+
+
+@pytest.mark.parametrize("one_region", [False, True])
+def test_several_forwards_under_autocast(one_region: bool) -> None:
+    inputs = torch.randn(3, 8, 16)
+
+    def losses(model: nn.Module) -> list[Tensor]:
+        if one_region:
+            with autocast():
+                return [model(x).float() for x in inputs]
+        found = []
+        for x in inputs:
+            with autocast():
+                found.append(model(x).float())
+        return found
+
+    def gradients(model: nn.Module) -> Sequence[Tensor]:
+        model.zero_grad()
+        torch.stack(losses(model)).sum().backward()
+        return [p.grad for p in model.parameters()]
+
+    model = Twice(tied=False)
+    compare(gradients, model, rewritten(model), exact=not one_region, rounding=0.05)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_submodule_that_reads_its_input_twice(alone: bool) -> None:
+    x = torch.randn(8, 16)
+    model, other = Shortcut(), Shortcut()
+    if alone:
+        fxckpt.rewrite_(other.inner, "nothing", strict=True)
+    else:
+        other = rewritten(other)
+
+    def gradients(model: nn.Module) -> Sequence[Tensor]:
+        return torch.autograd.grad(model(x), list(model.parameters()))
+
+    compare(gradients, model, other, exact=not alone)
