@@ -28,13 +28,13 @@ from torch.fx import Node
 
 from fxckpt import ops
 from fxckpt.calls import Call
-from fxckpt.joint import root
 from fxckpt.regions import (
     DENSE,
     NONLINEAR,
     SOFTMAX,
     Region,
     Structure,
+    argument_behind,
     between,
     first_products,
     inline,
@@ -122,7 +122,7 @@ def _written_out(structure: Structure, softmax: Node) -> _Core | None:
 def _has_no_weight(product: Node) -> bool:
     """Whether a product is one of activations, not of an activation with a parameter."""
     if operation_name(product) in ("mm", "addmm"):
-        return all(root(n).op == "call_function" for n in operands(product))
+        return all(argument_behind(n) is None for n in operands(product))
     return operation_name(product) in DENSE
 
 
@@ -198,5 +198,6 @@ def _serves(structure: Structure, core: _Core, call: Call) -> bool:
 
 
 def _is_residual(node: Node, branch: Collection[Node]) -> bool:
-    """Whether a node adds something that forward computed outside of `branch`."""
-    return operation_name(node) == "add" and any(n not in branch for n in inputs(node))
+    """Whether a node adds something that is not of `branch`, and larger than a bias."""
+    terms = (n for n in node.all_input_nodes if numel(n) == numel(node))
+    return operation_name(node) == "add" and any(n not in branch for n in terms)

@@ -107,7 +107,17 @@ class _Session:
         )
         if not same:
             raise CaptureError("forward changes an object that was passed as an argument")
-        return self._tape(result, assignments)
+        tape = self._tape(result, assignments)
+        self._forget_inputs()
+        return tape
+
+    def _forget_inputs(self) -> None:
+        """Lets go of the arguments of the call: the tape lives on, and needs their fakes alone."""
+        for tensor in self.inputs:
+            primal = self.primals.get(id(tensor))
+            if primal is not None and primal.kind == "input":
+                del self.primals[id(tensor)]
+        self.inputs, self.held, self.real = [], {}, {}
 
     @contextlib.contextmanager
     def _in_disguise(self) -> Iterator[list[Assignment]]:
@@ -121,6 +131,7 @@ class _Session:
             stack.enter_context(reported("forward"))
             stack.enter_context(invisible.unchanged_random_states())
             stack.enter_context(invisible.fresh_autocast_cache())
+            stack.enter_context(torch.autograd.set_detect_anomaly(False))
             if not isinstance(next(iter(self.inputs), None), FakeTensor):
                 stack.enter_context(invisible.no_fake_tensors_seen())
             if self.module is not None:
@@ -201,6 +212,8 @@ class _Session:
         if len(set(storages)) < len(storages):
             raise CaptureError("forward returns two tensors that share memory unknown to autograd")
         self._refuse_unsafe_writes(list(self.primals.values()))
+        for primal in self.primals.values():
+            recorder.node_for(primal.fake)  # raises if its memory was replaced
         return Tape(
             recorder,
             self.places,

@@ -13,13 +13,13 @@ from torch.fx import Node
 
 from fxckpt.attention import attentions, is_attention
 from fxckpt.calls import Call
-from fxckpt.joint import root
 from fxckpt.regions import (
     DENSE,
     NONLINEAR,
     SOFTMAX,
     Region,
     Structure,
+    argument_behind,
     between,
     first_products,
     inline,
@@ -120,7 +120,7 @@ def _joins_branches(node: Node, passes: Callable[[Node], bool]) -> bool:
     """Whether a node adds what comes from different products: `x + f(x)`, unlike `x + x ** 3`."""
     if operation_name(node) != "add":
         return False
-    terms = [n for n in node.all_input_nodes if n.op == "call_function" or numel(n) == numel(node)]
+    terms = [n for n in node.all_input_nodes if numel(n) == numel(node)]  # a bias is smaller
     origins = [first_products([n], passes, inputs) for n in terms]
     return any(origin != origins[0] for origin in origins)
 
@@ -141,12 +141,8 @@ def _is_sound(layers: _Layers) -> bool:
 
 def _weight(product: Node) -> Node | None:
     """The argument of the callable that a dense product multiplies with, if it is one."""
-    if operation_name(product) not in DENSE:
-        return None
-    factor = root(operands(product)[1])
-    while operation_name(factor) == "_to_copy":  # autocast
-        factor = root(factor.all_input_nodes[0])
-    return factor if factor.op == "placeholder" else None
+    dense = operation_name(product) in DENSE
+    return argument_behind(operands(product)[1]) if dense else None
 
 
 def _mlp(structure: Structure, layers: _Layers) -> Region | None:

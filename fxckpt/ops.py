@@ -34,6 +34,18 @@ _UNREAD_STATISTICS: dict[str, tuple[tuple[int, ...], int | None]] = {
     "aten::miopen_batch_norm_backward": ((3, 4), None),
 }
 
+# Factories that take a tensor for its shape alone: without contents, and with a constant (the
+# position of the argument that gives it, or the constant as text).
+_BLANKS = frozenset(("aten::empty_like", "aten::new_empty", "aten::new_empty_strided"))
+_FILLED: dict[str, int | str] = {
+    "aten::zeros_like": "0",
+    "aten::new_zeros": "0",
+    "aten::ones_like": "1",
+    "aten::new_ones": "1",
+    "aten::full_like": 1,
+    "aten::new_full": 2,
+}
+
 # Tagged random in torch, but random only if this argument (position, name) is greater than zero.
 _DROPOUT_ARGUMENT: dict[str, tuple[int, str]] = {
     "aten::_scaled_dot_product_flash_attention": (3, "dropout_p"),
@@ -159,12 +171,32 @@ def mutated_arguments(
                 yield argument.name
 
 
-def without_unread(target: OpOverload, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments of a call, with None for tensors that the operation does not look at."""
-    positions, flag = _UNREAD_STATISTICS.get(target._schema.name, ((), None))
+def without_unread(
+    target: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+) -> tuple[OpOverload, tuple[Any, ...], dict[str, Any]]:
+    """A call with the same result that does not take tensors which it would not read.
+
+    Such an argument would be kept, or recomputed, for nothing: a dropout mask is filled into
+    `empty_like(x)`, for example, and needs the shape of x alone.
+
+    Args:
+        target: The operation.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        out: Its (fake) result.
+    """
+    name = target._schema.name
+    if name in _BLANKS or (name in _FILLED and out.is_contiguous()):
+        geometry: dict[str, Any] = {"dtype": out.dtype, "device": out.device}
+        if name in _BLANKS:
+            return aten.empty_strided.default, (list(out.shape), list(out.stride())), geometry
+        value = _FILLED[name]
+        fill = args[value] if isinstance(value, int) else float(value)
+        return aten.full.default, (list(out.shape), fill), geometry
+    positions, flag = _UNREAD_STATISTICS.get(name, ((), None))
     if flag is not None and not args[flag]:
-        return args
-    return tuple(None if i in positions else a for i, a in enumerate(args))
+        return target, args, kwargs
+    return target, tuple(None if i in positions else a for i, a in enumerate(args)), kwargs
 
 
 def is_new_statistic(node: Node) -> bool:
@@ -203,39 +235,24 @@ def clone_exactly(x: torch.Tensor) -> torch.Tensor:
 
 
 View = tuple[tuple[int, ...], tuple[int, ...], int]  # size, stride, offset within the base
-Plan = Sequence[tuple[int | str, View | None]]  # the mutated arguments of an `inplace`
+# The mutated arguments of an `inplace`: position or name, the view that is written (None: all of
+# it), and whether the operation works on a copy.
+Plan = Sequence[tuple[int | str, View | None, bool]]
 
 
-def inplace(op: OpOverload, mutated: Plan, /, *args: Any, **kwargs: Any) -> Any:
+def inplace(op: OpOverload, plan: Plan, /, *args: Any, **kwargs: Any) -> Any:
     """A mutating operation as a pure function: runs `op` on copies, returns them.
 
-    `mutated` lists the arguments that `op` writes to, each with the view of the argument that is
-    written (None: all of it). Using the very kernel of the model on the very strides is what keeps
-    results bit-identical; a functional twin (`add` for `add_`) may fill memory in another order.
-    `split` replaces the copy by the real mutation where the old contents are not needed any more.
+    Using the very kernel of the model on the very strides is what keeps results bit-identical; a
+    functional twin (`add` for `add_`) may fill memory in another order. `reinplace` drops the copy
+    where the old contents are not needed any more.
 
     Returns:
         What `op` returns apart from its mutated arguments, followed by the new contents of each
         mutated argument; a bare tensor if that is only one.
     """
-    return _run_inplace(op, mutated, args, kwargs, copy=True)
-
-
-def inplace_donated(op: OpOverload, mutated: Plan, /, *args: Any, **kwargs: Any) -> Any:
-    """`inplace` where the mutated arguments are given away: no copy is made."""
-    return _run_inplace(op, mutated, args, kwargs, copy=False)
-
-
-def _run_inplace(
-    op: OpOverload,
-    mutated: Plan,
-    args: Sequence[Any],
-    kwargs: dict[str, Any],
-    *,
-    copy: bool,
-) -> Any:
     call_args, call_kwargs, bases = list(args), dict(kwargs), []
-    for where, view in mutated:
+    for where, view, copy in plan:
         holder: Any = call_args if isinstance(where, int) else call_kwargs
         base = clone_exactly(holder[where]) if copy else holder[where]
         bases.append(base)
@@ -248,6 +265,13 @@ def _run_inplace(
     return results[0] if len(results) == 1 else results
 
 
+def inplace_with_rng_state(
+    state: torch.Tensor, device: torch.device, op: OpOverload, plan: Plan, /, *args: Any, **kw: Any
+) -> Any:
+    """`inplace` for a random operation that is replayed: see `with_rng_state`."""
+    return with_rng_state(state, device, inplace, op, plan, *args, **kw)
+
+
 def fresh_results(op: OpOverload, returned: Any) -> tuple[Any, ...]:
     """The results of a call that are not one of its mutated arguments."""
     outs = returned if isinstance(returned, (tuple, list)) else (returned,)
@@ -256,6 +280,11 @@ def fresh_results(op: OpOverload, returned: Any) -> tuple[Any, ...]:
         for out, declared in zip(outs, op._schema.returns, strict=False)
         if out is not None and declared.alias_info is None
     )
+
+
+def rng_state_bytes(device: torch.device) -> int:
+    """Size of what `read_rng_state` returns."""
+    return 5056 if device.type == "cpu" else 16
 
 
 def read_rng_state(device: torch.device) -> torch.Tensor:
@@ -271,9 +300,15 @@ def read_rng_state(device: torch.device) -> torch.Tensor:
 def with_rng_state(
     state: torch.Tensor, device: torch.device, op: Any, /, *args: Any, **kwargs: Any
 ) -> Any:
-    """Runs `op` as it ran when `state` was read, and leaves the generator as it was."""
+    """Runs `op` as it ran when `state` was read, and leaves the generator as it was.
+
+    Afterwards `state` is the one that the next random operation of forward found.
+    """
     with rng_state_as(state, device):
-        return op(*args, **kwargs)
+        result = op(*args, **kwargs)
+        if not under_fake_mode():
+            state.copy_(generator(device).get_state())
+        return result
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import dataclasses
 import sys
@@ -46,15 +47,29 @@ class Places:
         self._stack = [Place(types=(type(module),) if module is not None else ())]
         self._calls: dict[str, int] = {}
         self._by_sequence: dict[int, Place] = {}
+        self._numbers: list[int] = []  # its keys, ascending
 
     def __call__(self) -> Place:
         if self.phase == "backward":
             node = torch._C._current_autograd_node()
-            missing = Place()
-            return missing if node is None else self._by_sequence.get(node._sequence_nr(), missing)
+            return Place() if node is None else self._of_sequence(node._sequence_nr())
         place = dataclasses.replace(self._stack[-1], source=user_source())
-        self._by_sequence.setdefault(torch._C._autograd._get_sequence_nr() - 1, place)
+        number = torch._C._autograd._get_sequence_nr() - 1
+        if number not in self._by_sequence:
+            self._by_sequence[number] = place
+            self._numbers.append(number)
         return place
+
+    def _of_sequence(self, number: int) -> Place:
+        """The place of the operation that made an autograd node, or of the last one before it.
+
+        Mutation through views makes nodes after its operation was recorded.
+        """
+        known = self._by_sequence.get(number)
+        if known is None:
+            earlier = bisect.bisect_right(self._numbers, number) - 1
+            known = self._by_sequence[self._numbers[earlier]] if earlier >= 0 else Place()
+        return known
 
     @contextlib.contextmanager
     def followed(self) -> Iterator[None]:

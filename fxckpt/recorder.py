@@ -121,6 +121,8 @@ class Recorder(TorchDispatchMode):
     def node_for(self, tensor: torch.Tensor) -> Node:
         """The node that holds the current contents of a tensor."""
         entry = self._entries[id(tensor)]
+        if _address(tensor) != entry.storage.owner._cdata:
+            raise CaptureError("forward replaces the memory of a tensor (`tensor.data = ...`)")
         if entry.version != entry.storage.version:
             if entry.recipe is None:
                 entry.node = entry.storage.node
@@ -147,6 +149,17 @@ class Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        try:
+            return self._dispatch(func, args, kwargs)
+        except CaptureError as error:
+            if error.path:
+                raise
+            place = self._place()
+            raise CaptureError(
+                error.reason, path=place.path, source=place.source, hint=error.hint
+            ) from error
+
+    def _dispatch(self, func: Any, args: Any, kwargs: Any) -> Any:
         if not isinstance(func, OpOverload):
             raise CaptureError(f"the higher-order operation {func} cannot be recorded")
         if func is aten.lift_fresh.default:
@@ -162,14 +175,12 @@ class Recorder(TorchDispatchMode):
 
     def _run(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
         """The fake result of an operation."""
+        if func in shapes.OWN:
+            return shapes.OWN[func](*args, **kwargs)
         try:
             return func(*args, **kwargs)
         except DynamicOutputShapeException:
             return self._read(func, args, kwargs)
-        except RuntimeError:
-            if func not in shapes.FALLBACKS:
-                raise
-            return shapes.FALLBACKS[func](*args, **kwargs)
 
     def _integer_indices(self, indices: Any) -> list[Any]:
         """Boolean masks among indices as what the kernel makes of them.
@@ -195,6 +206,11 @@ class Recorder(TorchDispatchMode):
             )
         if torch.Tag.inplace_view in func.tags:
             raise CaptureError(f"{func} changes the shape of a tensor in place")
+        if self.phase == "backward" and ops.is_random(func, args, kwargs):
+            raise CaptureError(
+                f"backward draws random numbers ({func})",
+                hint="If this is torch.utils.checkpoint inside the model, switch it off.",
+            )
         mutated = list(ops.mutated_arguments(func, args, kwargs))
         if mutated:
             self._record_mutation(func, args, kwargs, mutated, out)
@@ -203,8 +219,8 @@ class Recorder(TorchDispatchMode):
                 out, self.node_for(args[0]), Recipe(args[0], func, (args[0],), {}, None)
             )
         else:
-            read = ops.without_unread(func, tuple(args))
-            node = self._emit(func, self.nodes(read), self.nodes(kwargs), out)
+            target, read, options = ops.without_unread(func, tuple(args), kwargs, out)
+            node = self._emit(target, self.nodes(read), self.nodes(options), out)
             self._bind(out, node, func, args, kwargs)
 
     def _bind(self, out: Any, node: Node, func: OpOverload, args: Any, kwargs: Any) -> None:
@@ -261,7 +277,7 @@ class Recorder(TorchDispatchMode):
             holder: Any = call_args if isinstance(key, int) else call_kwargs
             holder[key] = storage.node
             storages.append(storage)
-            plan.append((key, _view_within(target, storage.root)))
+            plan.append((key, _view_within(target, storage.root), True))
         fresh = ops.fresh_results(func, out)
         results = (*fresh, *(s.root for s in storages))
         val = results[0] if len(results) == 1 else results

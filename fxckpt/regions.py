@@ -221,8 +221,20 @@ def operands(product: Node) -> tuple[Node, Node]:
     return product.args[start], product.args[start + 1]  # type: ignore[return-value]
 
 
+def argument_behind(node: Node) -> Node | None:
+    """The argument of the callable that a node is a view or a cast of, if it is one of any."""
+    node = root(node)
+    while operation_name(node) == "_to_copy":  # autocast
+        node = root(node.all_input_nodes[0])
+    return node if node.op == "placeholder" else None
+
+
 def inline(structure: Structure, kind: str, home: Call, nodes: set[Node]) -> Region:
-    """A region in a larger call: `nodes`, and the inner calls whose products are all among them."""
+    """A region in a larger call.
+
+    That is `nodes`, the inner calls whose products are all among them, and what is made for them
+    alone out of nothing: random and causal masks, copies of weights in another type.
+    """
     nodes = set(nodes)
     for product in [n for n in nodes if is_product(n)]:
         chain = structure.chains[product]
@@ -230,7 +242,28 @@ def inline(structure: Structure, kind: str, home: Call, nodes: set[Node]) -> Reg
             if is_made_of(structure, call, nodes):
                 nodes |= structure.scopes[call].keys()
                 break
-    return Region(kind, f"{home.name}: {kind}", frozenset(nodes))
+    return Region(kind, f"{home.name}: {kind}", frozenset(nodes | _made_for(nodes)))
+
+
+def _made_for(nodes: Set[Node]) -> set[Node]:
+    """The operations that only `nodes` read from, and that read from nothing but these."""
+    private: dict[Node, None] = {}
+    queue = deque(nodes)
+    while queue:
+        for node in inputs(queue.popleft()):
+            used = (u in nodes or u in private for u in users(node))
+            if node not in nodes and node not in private and all(used):
+                private[node] = None
+                queue.append(node)
+    made: set[Node] = set()
+    for node in reversed(private):  # inputs come before their readers
+        reads = node.all_input_nodes
+        if argument_behind(node) is not None or all(n in nodes or n in made for n in reads):
+            made.add(node)
+    for node in private:
+        if not all(user in nodes or user in made for user in users(node)):
+            made.discard(node)
+    return made
 
 
 def is_made_of(structure: Structure, call: Call, nodes: Collection[Node]) -> bool:

@@ -55,12 +55,12 @@ def reinplace(graph: Graph, writes: Mapping[Node, Node]) -> None:
 
 
 def _is_mutation(node: Node) -> bool:
-    return ops.inplace in (node.target, *node.args[2:3])
+    return node.target in (ops.inplace, ops.inplace_with_rng_state)
 
 
 def _call(node: Node) -> tuple[int, OpOverload, ops.Plan, tuple[Any, ...]]:
     """Where in the arguments of a mutation its operation stands, and the operation, plan, rest."""
-    start = 0 if node.target is ops.inplace else 3
+    start = 0 if node.target is ops.inplace else 2
     args: Any = node.args
     op, plan, *rest = args[start:]
     return start, op, plan, tuple(rest)
@@ -70,7 +70,7 @@ def _bases(node: Node) -> list[Node]:
     """The values that a mutation works on."""
     _, _, plan, rest = _call(node)
     kwargs: Any = node.kwargs
-    return [rest[key] if isinstance(key, int) else kwargs[key] for key, _ in plan]
+    return [rest[key] if isinstance(key, int) else kwargs[key] for key, _, _ in plan]
 
 
 def _chain(placeholder: Node, contents: Node) -> list[Node]:
@@ -113,20 +113,16 @@ def _donate(node: Node) -> None:
     start, op, plan, rest = _call(node)
     bases, results = _bases(node), _result_count(node)
     fresh = results - len(bases)
-    direct = all(view is None for _, view in plan) and (
+    direct = all(view is None for _, view, _ in plan) and (
         (fresh == 0 and len(bases) == 1) or (fresh > 1 and fresh == len(op._schema.returns))
     )
+    before: Any = node.args[:start]
     if not direct:
-        if start == 0:
-            node.target = ops.inplace_donated
-        else:
-            donated: Any = ops.inplace_donated
-            node.args = (*node.args[:2], donated, op, plan, *rest)
+        without_copies = tuple((key, view, False) for key, view, _ in plan)
+        node.args = (*before, op, without_copies, *rest)
         return
-    if start == 0:
-        node.target, node.args = op, rest
-    else:
-        node.args = (*node.args[:2], op, *rest)
+    node.target = ops.with_rng_state if before else op
+    node.args = (*before, op, *rest) if before else rest
     for user in list(node.users) if fresh else ():
         index: Any = user.args[1] if user.target is getitem else 0
         if index >= fresh:

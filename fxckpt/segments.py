@@ -23,7 +23,7 @@ from torch.fx import Node
 
 from fxckpt.calls import Call
 from fxckpt.joint import Joint, is_value, producer, root, storage_bytes
-from fxckpt.regions import Region, Structure
+from fxckpt.regions import Region, Structure, argument_behind
 
 
 def read_by_backward(joint: Joint) -> set[Node]:
@@ -98,7 +98,9 @@ class _Costs:
 
     def __init__(self, structure: Structure) -> None:
         self.structure = structure
-        self.read = read_by_backward(structure.joint)
+        # Copies of weights that autocast made are no reason to call something a block.
+        read = read_by_backward(structure.joint)
+        self.read = {n for n in read if argument_behind(n) is None}
         self._known: dict[Call, tuple[set[Node], set[Node], int]] = {}
 
     def estimate(self, calls: Collection[Call]) -> int:

@@ -1,7 +1,4 @@
-"""Result geometry of operations whose fake kernels refuse what the real kernels accept.
-
-The recorder asks here only after the fake kernel has raised.
-"""
+"""Result geometry of operations whose fake kernels refuse what the real kernels accept."""
 
 from __future__ import annotations
 
@@ -36,6 +33,6 @@ def grouped_mm(
     )
 
 
-FALLBACKS: dict[OpOverload, Callable[..., Any]] = {
+OWN: dict[OpOverload, Callable[..., Any]] = {
     torch.ops.aten._grouped_mm.default: grouped_mm,
 }

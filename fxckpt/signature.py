@@ -98,8 +98,10 @@ class Watch:
             tensors: list[Any] = [container[key] for container, key in self._slots]
         except LookupError:
             return None
+        if not self._still_tied():
+            return None
         if not (len(tensors) == len(self._tensors) and all(map(is_, tensors, self._tensors))):
-            if not self._same_ties(tensors):
+            if not self._distinct(tensors):
                 return None
             self._tensors, self._number = tensors, None
         geometry = [(t.dtype, t.requires_grad, t.shape, t.stride(), t.device) for t in tensors]
@@ -109,13 +111,14 @@ class Watch:
             self._number = self._look_up()
         return self._number
 
-    def _same_ties(self, tensors: list[Any]) -> bool:
+    def _still_tied(self) -> bool:
+        return all(len({id(c[k]) for c, k in slots}) == 1 for slots in self._tied)
+
+    def _distinct(self, tensors: list[Any]) -> bool:
         """Whether there is one tensor for each that was there when the watch began."""
         if not all(isinstance(t, torch.Tensor) for t in tensors):
             return False
-        if len(set(map(id, tensors))) != len(tensors):
-            return False
-        return all(len({id(c[k]) for c, k in slots}) == 1 for slots in self._tied)
+        return len(set(map(id, tensors))) == len(tensors)
 
     def _look_up(self) -> int | None:
         if any(a.other_tensors() for a in self._contents):

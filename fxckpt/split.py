@@ -39,7 +39,7 @@ from torch.fx.node import map_arg
 from fxckpt import ops
 from fxckpt.codegen import graph_module
 from fxckpt.errors import CaptureError
-from fxckpt.joint import Joint, in_order, is_value, reachable
+from fxckpt.joint import Joint, in_order, is_value, reachable, storage_bytes
 from fxckpt.reinplace import reinplace
 
 
@@ -161,6 +161,8 @@ class _Backward:
         self._saved = saved
         self._written = {joint.primals[name] for name in joint.writes if name in joint.primals}
         self._order = in_order(joint.graph)
+        self._random = _random_order(joint)
+        self._states: dict[torch.device, tuple[int, Node]] = {}  # left by the latest recomputation
         self._graph = Graph()
         self._body = self._graph.create_node("call_function", object)  # arguments go above it
         self._copies: dict[Node, Node] = {}
@@ -223,6 +225,7 @@ class _Backward:
                 missing.add(node)
                 if not self._is_argument(node):
                     stack.extend(_nodes_in(_recomputation(node)))
+        self._states.clear()
         for node in sorted(missing, key=self._order):
             if self._is_argument(node):
                 self._copies[node] = self._take(node)
@@ -232,7 +235,9 @@ class _Backward:
     def _is_argument(self, node: Node) -> bool:
         if node.op == "placeholder":
             return True
-        return is_value(node) and (node in self._saved or ops.is_new_statistic(node))
+        return is_value(node) and (
+            node in self._saved or ops.is_new_statistic(node) or _smaller_than_its_state(node)
+        )
 
     def _take(self, node: Node) -> Node:
         """A forward value or primal as an argument of the backward graph."""
@@ -262,10 +267,28 @@ class _Backward:
             self.recomputed.add(node)
         copy = self._copy(node, target, args, kwargs, _region("recompute", node))
         if ops.node_is_random(node):
-            state = self._residual(_State(node), None)
-            operation: Any = copy.target
-            copy.args = (state, ops.node_device(node), operation, *copy.args)
-            copy.target = ops.with_rng_state
+            replayed = (self._random_state(node, copy), ops.node_device(node))
+            if copy.target is ops.inplace:
+                copy.target, copy.args = ops.inplace_with_rng_state, (*replayed, *copy.args)
+            else:
+                operation: Any = copy.target
+                copy.target, copy.args = ops.with_rng_state, (*replayed, operation, *copy.args)
+
+    def _random_state(self, node: Node, copy: Node) -> Node:
+        """The generator state for a random operation that is recomputed.
+
+        If the random operation before it in forward has just been recomputed too, the state that it
+        left goes on; else forward has to hand one over. A copy of that is used up.
+        """
+        device, index = ops.node_device(node), self._random[node]
+        previous, state = self._states.get(device, (None, None))
+        if state is None or previous != index - 1:
+            residual = self._residual(_State(node), None)
+            with self._graph.inserting_before(copy):
+                state = self._graph.call_function(torch.clone, (residual,))
+            state.meta["region"] = copy.meta["region"]
+        self._states[device] = index, state
+        return state
 
     def _copy(self, node: Node, target: Any, args: Any, kwargs: Any, region: str) -> Node:
         args, kwargs = map_arg((args, kwargs), self._copies.__getitem__)
@@ -308,6 +331,26 @@ def _forward(joint: Joint, backward: _Backward) -> GraphModule:
     writes = {copies[joint.primals[name]]: copies[n] for name, n in joint.writes.items()}
     reinplace(graph, writes)
     return graph_module(graph, "Forward")
+
+
+def _random_order(joint: Joint) -> dict[Node, int]:
+    """The random operations of forward, counted for each device."""
+    count: Counter[torch.device] = Counter()
+    order = {}
+    for node in joint.forward_nodes():
+        if ops.node_is_random(node):
+            device = ops.node_device(node)
+            order[node] = count[device]
+            count[device] += 1
+    return order
+
+
+def _smaller_than_its_state(node: Node) -> bool:
+    """Whether a random value takes no more memory than what it takes to draw it again."""
+    if not ops.node_is_random(node):
+        return False
+    val = node.meta["val"]
+    return storage_bytes(val) <= ops.rng_state_bytes(val.device)
 
 
 def _recomputation(node: Node) -> tuple[Any, Any, Any]:

@@ -67,13 +67,38 @@ class Tape:
     _joints: dict[BackwardKey, Joint] = dataclasses.field(default_factory=dict)
 
     def expected_backward(self) -> BackwardKey:
-        """The likely backward: the loss alone if there is a differentiable scalar, else all."""
-        scalars = [t.requires_grad and t.dim() == 0 for t in self.outputs]
-        chosen = scalars if any(scalars) else [t.requires_grad for t in self.outputs]
+        """The likely backward: of the loss if there is a differentiable scalar, else of all outputs.
+
+        Outputs that cannot be differentiated (because a tensor was changed in place) are left out.
+
+        Raises:
+            CaptureError: if no output can be differentiated.
+        """
+        candidates = [i for i, t in enumerate(self.outputs) if t.requires_grad]
+        scalars = [i for i in candidates if self.outputs[i].dim() == 0]
+        key = self._key(scalars or candidates)
+        try:
+            self.joint(key)
+        except CaptureError:
+            able = [i for i in candidates if self._differentiable_alone(i)]
+            if not able:
+                raise
+            key = self._key([i for i in scalars if i in able] or able)
+        return key
+
+    def _differentiable_alone(self, output: int) -> bool:
+        try:
+            self.joint(self._key([output]))
+        except CaptureError:
+            return False
+        return True
+
+    def _key(self, outputs: list[int]) -> BackwardKey:
+        """Dense gradients for these outputs."""
         return BackwardKey(
             tuple(
-                (_dense_strides(t), t.dtype) if c else None
-                for t, c in zip(self.outputs, chosen, strict=True)
+                (_dense_strides(t), t.dtype) if i in outputs else None
+                for i, t in enumerate(self.outputs)
             )
         )
 
@@ -95,7 +120,13 @@ class Tape:
         leaves = [leaf for p in self.primals for leaf in p.leaves if leaf.requires_grad]
         found: dict[int, list[torch.Tensor]] = {}
         if outputs and leaves:
-            with reported("backward"), recorder.fake_mode, recorder, autocast_as(key.autocast):
+            with (
+                reported("backward"),
+                torch.autograd.set_detect_anomaly(False),
+                recorder.fake_mode,
+                recorder,
+                autocast_as(key.autocast),
+            ):
                 found = _gradients(outputs, leaves, fakes)
         by_primal = {}
         for primal in self.primals:

@@ -90,7 +90,9 @@ def _flatten(tree: Any, tensors: list[torch.Tensor], above: tuple[int, ...]) -> 
     return Spec("object", kind, tuple(context[0]), specs, context)
 
 
-_ATOMS: frozenset[type] = frozenset((type(None), bool, int, float, complex, str, bytes))
+_ATOMS: frozenset[type] = frozenset(
+    (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
+)
 
 
 def _children(tree: Any) -> tuple[Sequence[Any] | None, Any]:

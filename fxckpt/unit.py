@@ -150,7 +150,7 @@ class Unit:
             forward,
             spec,
             module,
-            lambda: (watch.state(), signature.of_modes()),
+            watch.state,
         )
 
     def _fall_back(self, module: nn.Module, args: Any, kwargs: Any, error: CaptureError) -> None:

@@ -84,6 +84,16 @@ def _short(value: Any) -> str:
     return repr(value) if len(repr(value)) < 80 else f"{repr(value)[:77]}..."
 
 
+def grads_of(model: nn.Module) -> dict[str, Tensor | None]:
+    """The gradients by parameter name."""
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def versions(tensors: Iterable[Tensor]) -> list[int]:
+    """How often each tensor was changed in place."""
+    return [t._version for t in tensors]
+
+
 # --- training -----------------------------------------------------------------------------------
 
 
@@ -249,7 +259,7 @@ def graph_texts(model: nn.Module) -> tuple[str, str]:
 
 
 def guard_calls(model: nn.Module) -> list[str]:
-    """Operations that run at each call to check values that Python read, as `Counter` names them."""
+    """Operations that check at each call what Python read, named as `Counter` does."""
     modules = [guard.compute for guard in captures(model)[-1].tape.guards]
     nodes = [n for m in modules for n in m.graph.nodes if n.op == "call_function"]
     return [n.target.overloadpacket.__name__ for n in nodes if hasattr(n.target, "overloadpacket")]
@@ -304,9 +314,11 @@ class LiveBytes(TorchDispatchMode):
         for tensor in tensors_in((args, kwargs or {})):
             self._watch(tensor, counts=False)
         out = func(*args, **(kwargs or {}))
-        for tensor in tensors_in(out):
-            self._watch(tensor, counts=not is_fake(tensor))
-        self.trace.append((func.overloadpacket.__name__, self.live))
+        made = tensors_in(out)
+        if not any(map(is_fake, made)):
+            for tensor in made:
+                self._watch(tensor, counts=True)
+            self.trace.append((func.overloadpacket.__name__, self.live))
         return out
 
     def _watch(self, tensor: Tensor, *, counts: bool) -> None:

@@ -1,11 +1,17 @@
 """Every named policy trains every model to the same bits as eager."""
 
+import itertools
+
 import pytest
 import torch
 from helpers import MODELS, POLICIES, adamw, assert_same, build_step, captures, sgd, train
 
 import fxckpt
 from bench.models import build
+
+# Asking for layers of a kind that the model does not have is an error.
+WITHOUT = {("resnet", "attention"), ("resnet", "mlp"), ("unet", "attention"), ("unet", "mlp")}
+WITHOUT |= {("mlp", "attention")}
 
 # Dropout wherever a model has it, so that recomputation has to replay it.
 SIZES = {
@@ -26,8 +32,9 @@ def case_of(name: str):
     return build(name, tiny=True, **SIZES.get(name, {}))
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "policy"), sorted({*itertools.product(MODELS, POLICIES)} - WITHOUT)
+)
 def test_policy_is_exact(name: str, policy: str, eager: dict[str, list]) -> None:
     optimizer = sgd if name in ("resnet", "unet") else adamw
     if name not in eager:
@@ -37,6 +44,13 @@ def test_policy_is_exact(name: str, policy: str, eager: dict[str, list]) -> None
     model = fxckpt.rewrite(case.model, policy, strict=True)
     assert_same(eager[name], train(model, build_step(case), optimizer=optimizer))
     assert len(captures(model)) == 1
+
+
+@pytest.mark.parametrize(("name", "policy"), sorted(WITHOUT))
+def test_policy_that_means_nothing_for_a_model(name: str, policy: str) -> None:
+    case = case_of(name)
+    with pytest.raises(fxckpt.PolicyError, match=policy):
+        fxckpt.rewrite(case.model, policy, strict=True, example_inputs=case.batch(0))
 
 
 @pytest.mark.parametrize("name", MODELS)

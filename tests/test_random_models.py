@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_same, joint_of, tensors_in, total, train
+from helpers import assert_same, joint_of, total, train
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -99,8 +99,9 @@ simple(
     constant=lambda x: x * 3 + True,
     ones=lambda x: x + torch.ones(x.shape[1]) * torch.arange(x.shape[1]),
     fft=lambda x: torch.fft.irfft(torch.fft.rfft(x) * 1j, n=x.shape[1]),
-    complex=lambda x: torch.view_as_real(torch.view_as_complex(x.reshape(-1, 2)).conj() * 2j)
-    .reshape(x.shape),
+    complex=lambda x: torch.view_as_real(
+        torch.view_as_complex(x.reshape(-1, 2)).conj() * 2j
+    ).reshape(x.shape),
     loss=lambda x: x * F.mse_loss(x, x.detach() * 0.5),
 )
 
@@ -645,4 +646,4 @@ def test_nearly_all_programs_run_eagerly() -> None:
     for name in OPERATIONS:
         code = [("constant", 0, 0, 0), (name, 0, 1, 1), ("constant", 0, 1, 0)]
         record = run(make_program(code, 4), "leaf", 3, 4)
-        assert tensors_in([]) == [] and record
+        assert record

@@ -18,7 +18,8 @@ from fxckpt.capture import capture
 from fxckpt.feedforward import mlps
 from fxckpt.joint import Joint, is_value
 from fxckpt.regions import Region, Structure, is_product, norms
-from fxckpt.segments import blocks
+from fxckpt.segments import _Costs, blocks, read_by_backward
+from fxckpt.split import split
 
 WIDTH, HEADS = 8, 2
 FINDERS = {"attention": attentions, "mlp": mlps, "norm": norms, "block": blocks}
@@ -103,6 +104,14 @@ EXPECTED = {
 @pytest.mark.parametrize("name", EXPECTED)
 def test_models_of_the_zoo(name: str) -> None:
     joint = joint_of_model(name)
+    assert {kind: names(kind, joint) for kind in EXPECTED[name]} == EXPECTED[name]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert", "llama", "t5"])
+def test_models_under_autocast(name: str) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        joint = joint_of_model(name)
+    assert any(n.meta["val"].dtype is torch.bfloat16 for n in joint.forward_nodes() if is_value(n))
     assert {kind: names(kind, joint) for kind in EXPECTED[name]} == EXPECTED[name]
 
 
@@ -333,9 +342,27 @@ class SoftmaxGate(nn.Module):
         return self.value(self.gate(x).softmax(-1))
 
 
-def test_softmax_between_weights_is_not_attention() -> None:
-    joint = joint_of(Stack(SoftmaxGate(), SoftmaxGate()), inputs())
+@pytest.mark.parametrize("mixed", [False, True])
+def test_softmax_between_weights_is_not_attention(mixed: bool) -> None:
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        joint = joint_of(Stack(SoftmaxGate(), SoftmaxGate()), inputs())
     assert names("attention", joint) == set()
+
+
+class Dispatch(nn.Module):
+    """Softmax between a weight and a product of activations: tokens dealt out to slots."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slots, self.out = nn.Linear(WIDTH, 3, bias=False), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.slots(x).softmax(-1)
+        return weights @ self.out(weights.mT @ x)
+
+
+def test_softmax_of_a_product_with_a_weight_is_not_attention() -> None:
+    assert names("attention", joint_of(Stack(Dispatch(), Dispatch()), inputs())) == set()
 
 
 class FeedForwardThenAttention(nn.Module):
@@ -358,6 +385,20 @@ def test_feed_forward_before_attention_stays_outside() -> None:
     assert {"layers.0.q", "layers.1.o"} <= paths
     assert not paths & {"layers.0.up", "layers.0.down", "layers.1.up", "layers.1.down", "head"}
     assert names("mlp", joint) == {"layers.*: mlp"}
+
+
+class NoOutputProjection(FeedForwardThenAttention):
+    """The next product after attention is that of the feed-forward part."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + (self.q(x) @ self.k(x).mT).softmax(-1) @ self.v(x)
+        return self.down(F.relu(self.up(x)))
+
+
+def test_the_output_projection_stands_before_the_residual_sum() -> None:
+    regions = found("attention", joint_of(Stack(NoOutputProjection()), inputs()))
+    paths = {n.meta["path"] for r in regions for n in r.nodes}
+    assert paths == {"layers.0", "layers.0.q", "layers.0.k", "layers.0.v"}
 
 
 # --- feed-forward layers written by hand --------------------------------------------------------
@@ -404,7 +445,7 @@ def test_feed_forward_inline(style: str) -> None:
 
 
 class Recurrent(nn.Module):
-    """Product, nonlinearity, product of the same weight, again and again."""
+    """Product, nonlinearity, product of the same weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -412,17 +453,30 @@ class Recurrent(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = x[:, 0]
-        for t in range(x.shape[1]):
-            h = torch.tanh(self.step(h) + x[:, t])
+        for _ in range(3):
+            h = torch.tanh(self.step(h))
         return h
 
 
 class StateSpace(nn.Module):
-    """A gate around something that is no feed-forward layer."""
+    """A gate around something that is no feed-forward layer (Gu and Dao 2023, in small)."""
 
     def __init__(self) -> None:
         super().__init__()
         self.into, self.out = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.decay = nn.Linear(WIDTH, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, gate = self.into(x).chunk(2, -1)
+        y = (y * self.decay(y)).cumsum(1)
+        return self.out(y * F.silu(gate))
+
+
+class Convolution(StateSpace):
+    """The same around a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
         self.conv = nn.Conv1d(5, 5, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -435,13 +489,30 @@ class StateSpace(nn.Module):
     [
         Recurrent(),
         Stack(StateSpace(), StateSpace()),
+        Stack(Convolution(), Convolution()),
         nn.Sequential(nn.Linear(WIDTH, 16), nn.ReLU(), nn.Linear(16, 3)),
         nn.Sequential(*(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU()) for _ in range(6))),
     ],
-    ids=["recurrent", "state space", "classifier", "deep"],
+    ids=["recurrent", "state space", "convolution", "classifier", "deep"],
 )
 def test_not_a_feed_forward_layer(module: nn.Module) -> None:
     assert found("mlp", joint_of(module, inputs())) == []
+
+
+class PostActivation(nn.Module):
+    """A nonlinearity after the residual connection: it does not join two layers to one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 16), nn.Linear(16, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.down(F.relu(self.up(x))))
+
+
+def test_layers_that_end_in_a_nonlinearity() -> None:
+    joint = joint_of(Stack(PostActivation(), PostActivation()), inputs())
+    assert [r.name for r in found("mlp", joint)] == ["layers.0", "layers.1"]
 
 
 class Experts(nn.Module):
@@ -469,6 +540,15 @@ def test_mixture_by_name_or_by_expert() -> None:
     unnamed = joint_of(Stack(Mixture(), Mixture()), inputs())
     assert names("mlp", unnamed) == {"layers.*.choices.*"}
     assert len(found("mlp", unnamed)) == 6
+
+
+class BlockOfMoE(Block):
+    """A whole transformer layer that is called like its feed-forward part."""
+
+
+def test_what_contains_attention_is_no_feed_forward_layer() -> None:
+    joint = joint_of(Stack(BlockOfMoE(), BlockOfMoE()), inputs())
+    assert names("mlp", joint) == {"layers.*.feed"}
 
 
 # --- norms --------------------------------------------------------------------------------------
@@ -524,6 +604,23 @@ def test_several_classes_of_blocks() -> None:
     assert [r.name for r in found("block", joint)] == [f"0.layers.{i}" for i in range(4)]
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_estimate_is_what_is_kept_and_the_largest_block(frozen: bool) -> None:
+    model = Stack(Block("masked"), Block("masked"), Block("masked")).eval()
+    for layer in model.layers:
+        layer.requires_grad_(not frozen)
+    structure = Structure(joint_of(model, inputs().requires_grad_()))
+    layers = [call for call in structure.scopes if call.cls is Block]
+    inside = [structure.inside(structure.scopes[call].keys()) for call in layers]
+    kept = {v.node for v in structure.joint.values()}.difference(*inside)
+    residuals = set(split(structure.joint, kept).residuals)
+    size = {v.name: v.bytes for v in structure.joint.values()}
+    read = read_by_backward(structure.joint)
+    largest = max(sum(size[n.name] for n in nodes & read) for nodes in inside)
+    expected = sum(size[name] for name in residuals) + largest
+    assert _Costs(structure).estimate(layers) == expected
+
+
 def test_blocks_that_are_attributes() -> None:
     class Named(nn.Module):
         def __init__(self) -> None:
@@ -547,7 +644,7 @@ def test_blocks_that_are_attributes() -> None:
     ids=["one layer", "nothing to gain", "one block", "no products"],
 )
 def test_no_blocks(module: nn.Module) -> None:
-    assert names("block", joint_of(module, inputs())) <= {"layers.*.mix"} - {"layers.*.mix"}
+    assert names("block", joint_of(module, inputs())) == set()
 
 
 # --- regions and calls --------------------------------------------------------------------------
@@ -572,6 +669,8 @@ def test_results_are_what_others_read() -> None:
     assert structure.inside(everything) == {by_name["addmm"], tanh, by_name["addmm_1"]}
     assert structure.results({tanh, by_name["addmm_1"], by_name["t_1"], by_name["exp"]}) >= {tanh}
     assert cos in structure.results(everything)  # it is returned
+    view = next(n for n in cos.all_input_nodes if n.meta.get("alias") is tanh)
+    assert tanh not in structure.results(everything - {view})  # a view alone reads nothing
 
 
 def test_chains_of_calls_of_shared_modules() -> None:

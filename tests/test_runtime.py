@@ -308,9 +308,7 @@ def test_patterns_on_one_graph() -> None:
 
     def use(model: nn.Module) -> Any:
         out, p = model(rows()), list(model.parameters())
-        return [
-            torch.autograd.grad(PATTERNS[name](out), p, retain_graph=True) for name in PATTERNS
-        ]
+        return [torch.autograd.grad(PATTERNS[name](out), p, retain_graph=True) for name in PATTERNS]
 
     for policy in POLICIES:
         both(LossAndScores, use, policy)

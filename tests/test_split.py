@@ -7,7 +7,6 @@ import torch
 from expecttest import assert_expected_inline
 from helpers import (
     MODELS,
-    Block,
     Counter,
     Function,
     LiveBytes,
@@ -215,16 +214,15 @@ def backward_trace(model: nn.Module, x: Tensor, *, retain: bool) -> list[float]:
 
 
 def test_residuals_are_freed_while_backward_runs() -> None:
+    """Each of eight layers frees an activation and adds the gradient of a weight.
+
+    Those are all returned at the end, so seven activations become seven gradients; three more MiB
+    are those at hand. With a retained graph both are there at the end.
+    """
     model, x = square(8)
     new = rewritten(model, "everything", x)
-    trace = backward_trace(new, x, retain=False)
-    held = backward_trace(new, x, retain=True)
-    third = len(trace) // 3
-    assert max(trace[-third:]) < min(held[-third:])
-    assert max(trace) < max(held)
-    # Each layer frees an activation and adds the gradient of a weight, which is returned at the
-    # end only.
-    assert max(trace) <= max(trace[:4]) + 2
+    assert round(max(backward_trace(new, x, retain=False))) == 10
+    assert round(max(backward_trace(new, x, retain=True))) == 16
 
 
 def test_backward_of_nothing_saved_starts_small() -> None:
@@ -335,7 +333,9 @@ class Tiny(nn.Module):
 
 def test_printed_forward() -> None:
     forward, _ = graph_texts(rewritten(Tiny(), "dots", torch.ones(3, 2)))
-    assert_expected_inline(forward, """\
+    assert_expected_inline(
+        forward,
+        """\
 def forward(self, args_list):
     args_iter = iter(args_list)
     layers_0_0_weight = next(args_iter)
@@ -352,7 +352,6 @@ def forward(self, args_list):
     # recomputed in backward: layers.0.2
     empty_like = aten_empty_like_default(tanh)
     read_rng_state = fxckpt_ops_read_rng_state(device(type='cpu'))
-    # recomputed in backward: layers.0.2
     bernoulli_ = aten_bernoulli__float(empty_like);  empty_like = None
     div_ = aten_div__Scalar(bernoulli_, 0.5);  bernoulli_ = None
     mul = aten_mul_Tensor(tanh, div_);  tanh = div_ = None
@@ -366,19 +365,21 @@ def forward(self, args_list):
     # recomputed in backward: layers.1.2
     empty_like_1 = aten_empty_like_default(tanh_1)
     read_rng_state_1 = fxckpt_ops_read_rng_state(device(type='cpu'))
-    # recomputed in backward: layers.1.2
     bernoulli__1 = aten_bernoulli__float(empty_like_1);  empty_like_1 = None
     div__1 = aten_div__Scalar(bernoulli__1, 0.5);  bernoulli__1 = None
     # layers.1.2
     mul_1 = aten_mul_Tensor(tanh_1, div__1);  tanh_1 = div__1 = None
     # (root)
     add_1 = aten_add_Tensor(add, mul_1);  add = mul_1 = None
-    return (add_1, addmm_1, read_rng_state_1, addmm, read_rng_state)""")
+    return (add_1, addmm_1, read_rng_state_1, addmm, read_rng_state)""",
+    )
 
 
 def test_printed_backward() -> None:
     _, backward = graph_texts(rewritten(Tiny(), "dots", torch.ones(3, 2)))
-    assert_expected_inline(backward, """\
+    assert_expected_inline(
+        backward,
+        """\
 def forward(self, args_list):
     args_iter = iter(args_list)
     layers_1_0_weight = next(args_iter)
@@ -432,7 +433,8 @@ def forward(self, args_list):
     sum_2 = aten_sum_dim_IntList(tanh_backward_1, [0], True);  tanh_backward_1 = None
     view_1 = aten_view_default(sum_2, [2]);  sum_2 = None
     t_8 = aten_t_default(t_7);  t_7 = None
-    return (t_8, view_1, t_5, view, None)""")
+    return (t_8, view_1, t_5, view, None)""",  # noqa: E501
+    )
 
 
 def test_calls_of_a_shared_module_are_told_apart() -> None:
