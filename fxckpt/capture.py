@@ -77,7 +77,7 @@ class _Session:
 
     def __init__(self, module: nn.Module | None, args: Any, kwargs: dict[str, Any]) -> None:
         self.module = module
-        self.inputs, self.input_spec = tree.flatten((args, kwargs))
+        self.inputs, self.input_spec = tree.flatten((args, kwargs), open_objects=True)
         self.held = _held(module) if module is not None else {}
         everything = [*self.inputs, *(h.tensor for h in self.held.values())]
         for tensor in everything:
@@ -101,7 +101,7 @@ class _Session:
         args, kwargs = tree.unflatten(self.input_spec, fakes)
         with self._in_disguise() as assignments:
             result = fn(*args, **kwargs)
-        after, spec_after = tree.flatten((args, kwargs))
+        after, spec_after = tree.flatten((args, kwargs), open_objects=True)
         same = spec_after == self.input_spec and all(
             a is b for a, b in zip(after, fakes, strict=True)
         )

@@ -13,7 +13,7 @@ NOTE [Contributions]
 
 A parameter that is used twice (tied weights) gets two contributions, and autograd adds them to
 whatever came before: ((before + c1) + c2). If a model is called twice in one step, or a parameter
-appears in a penalty term, something did come before, and before + (c1 + c2) would be another number.
+appears in a penalty term, something did come before, and before + (c1 + c2) is another number.
 So up to `MAX_CONTRIBUTIONS` of them are delivered one by one, and autograd adds them as in eager.
 
 Every node carries in `meta`:

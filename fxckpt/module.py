@@ -111,8 +111,12 @@ def rewrite_(
         restore_(model)
     _install(model, Options(decide, cache_size, strict))
     if example_inputs is not None:
-        args, kwargs = _example(example_inputs)
-        _unit(model).prepare(model, args, kwargs)
+        try:
+            args, kwargs = _example(example_inputs)
+            _unit(model).prepare(model, args, kwargs)
+        except FxckptError:
+            restore_(model)
+            raise
     return model
 
 
@@ -153,6 +157,11 @@ def graphs(model: nn.Module) -> tuple[GraphModule, GraphModule]:
             "gradients enabled, or pass example_inputs= to rewrite"
         )
     return latest.program.split.forward, latest.program.split.backward
+
+
+def require_captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raises `CaptureError` if a call of a rewritten module would run eagerly."""
+    _unit(model).require(model, args, kwargs)
 
 
 def original_forward(model: nn.Module) -> Callable[..., Any]:

@@ -141,23 +141,28 @@ class Captured:
             [(d, ops.read_rng_state(d)) for d in self._random_devices],
             {i: primals[i].clone() for i in program.fragile},
         )
+        unique = {id(r): r for r in self.tape.results}
+        # Views of primals first: in the model, they mostly come before what is computed from them,
+        # and autograd adds up gradients in the reverse order.
+        made = {
+            key: self._finish(result, self.lookup(result.origin, inputs))
+            for key, result in unique.items()
+            if isinstance(result.origin, str)
+        }
         extra = [primals[i] for i in program.extra_positions]
         outputs = _Function.apply(call, *primals, *extra)
-        made: dict[int, torch.Tensor] = {}
-        for result in self.tape.results:
-            if id(result) not in made:
-                made[id(result)] = self._finish(result, outputs, inputs)
+        for key, result in unique.items():
+            if isinstance(result.origin, int):
+                made[key] = self._finish(result, outputs[result.origin])
         tensors = [made[id(r)] for r in self.tape.results]
         result, values = tree.unflatten(self.tape.spec, tensors)
         for (container, key), value in zip(self.tape.assigned, values, strict=True):
             container[key] = value
         return result
 
-    def _finish(
-        self, result: Result, outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]
-    ) -> torch.Tensor:
-        origin = result.origin
-        tensor = outputs[origin] if isinstance(origin, int) else self.lookup(origin, inputs)
+    @staticmethod
+    def _finish(result: Result, tensor: torch.Tensor) -> torch.Tensor:
+        """A result of the callable, from the tensor that it is a view of."""
         for func, args, kwargs, index in result.views:
             viewed = func(tensor, *args, **kwargs)
             tensor = viewed if index is None else viewed[index]
@@ -188,24 +193,14 @@ class Captured:
     ) -> list[torch.Tensor | None]:
         """Gradients by the generic route (see the note)."""
         self._require_unchanged(call)
-        primals = {id(p): p for p in call.primals}
-        written = set(call.program.split.written)
-        stand_ins: dict[int, torch.Tensor] = {}
-        for i, (name, p) in enumerate(zip(call.program.split.primals, call.primals, strict=True)):
-            if name in written:
-                stand_ins[id(p)] = call.before.get(i, p).clone()
-            else:
-                stand_ins[id(p)] = p.view_as(p) if p.requires_grad else p
+        stand_ins = self._stand_ins(call)
+        wanted = [stand_ins[id(p)] for p in call.primals if p.requires_grad]
         inputs = [stand_ins.get(id(t), t) for t in call.inputs]
-        for (container, key), p in zip(call.program.slots, call.primals, strict=True):
-            if container is not None:  # other tensors may be there now (`functional_call`)
-                stand_ins[id(container[key])] = stand_ins[id(p)]
         with self._as_called(call, stand_ins), torch.enable_grad():
             args, kwargs = tree.unflatten(self.input_spec, inputs)
             results, _ = tree.flatten(self.original(*args, **kwargs))
-        by_origin = dict(zip((r.origin for r in self.tape.results), results, strict=True))
+        by_origin = {r.origin: t for r, t in zip(self.tape.results, results, strict=False)}
         pairs = [(_base(by_origin[i]), c) for i, c in enumerate(cotangents) if c is not None]
-        wanted = [stand_ins[i] for i, p in primals.items() if p.requires_grad]
         grads = torch.autograd.grad(
             [t for t, _ in pairs],
             wanted,
@@ -216,6 +211,26 @@ class Captured:
         found = {id(t): g for t, g in zip(wanted, grads, strict=True)}
         extra = [None] * len(call.program.split.extra)
         return [*(found.get(id(stand_ins[id(p)])) for p in call.primals), *extra]
+
+    def _stand_ins(self, call: _Call) -> dict[int, torch.Tensor]:
+        """What the model is run on again, for each primal of the call (by `id`).
+
+        An alias where a gradient is wanted, so that hooks of the primal do not run twice; a copy,
+        with the contents of before, where forward changes the primal.
+        """
+        written = set(call.program.split.written)
+        names = zip(call.program.split.primals, call.primals, strict=True)
+        stand_ins: dict[int, torch.Tensor] = {}
+        with torch.enable_grad():
+            for i, (name, p) in enumerate(names):
+                if name in written:
+                    stand_ins[id(p)] = call.before.get(i, p).clone()
+                else:
+                    stand_ins[id(p)] = p.view_as(p) if p.requires_grad else p
+        for (container, key), p in zip(call.program.slots, call.primals, strict=True):
+            if container is not None:  # other tensors may be there now (`functional_call`)
+                stand_ins[id(container[key])] = stand_ins[id(p)]
+        return stand_ins
 
     @contextlib.contextmanager
     def _as_called(self, call: _Call, stand_ins: dict[int, torch.Tensor]) -> Iterator[None]:

@@ -67,7 +67,7 @@ class Tape:
     _joints: dict[BackwardKey, Joint] = dataclasses.field(default_factory=dict)
 
     def expected_backward(self) -> BackwardKey:
-        """The likely backward: of the loss if there is a differentiable scalar, else of all outputs.
+        """The likely backward: of the loss if a scalar can be differentiated, else of all outputs.
 
         Outputs that cannot be differentiated (because a tensor was changed in place) are left out.
 

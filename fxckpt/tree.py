@@ -38,8 +38,13 @@ class Spec:
 _TENSOR = Spec("tensor")
 
 
-def flatten(tree: Any) -> tuple[list[torch.Tensor], Spec]:
+def flatten(tree: Any, *, open_objects: bool = False) -> tuple[list[torch.Tensor], Spec]:
     """Takes the tensors out of `tree`, depth first.
+
+    Args:
+        tree: Anything.
+        open_objects: Look into objects that hold no tensor too, so that `unflatten` copies them and
+            two states of an object have two structures. Else they are static leaves.
 
     Returns:
         The tensors in order (one that occurs twice is listed twice), and the structure.
@@ -48,7 +53,7 @@ def flatten(tree: Any) -> tuple[list[torch.Tensor], Spec]:
         CaptureError: if an object that holds tensors contains itself.
     """
     tensors: list[torch.Tensor] = []
-    return tensors, _flatten(tree, tensors, ())
+    return tensors, _flatten(tree, tensors, (), open_objects)
 
 
 def unflatten(spec: Spec, tensors: Sequence[Any]) -> Any:
@@ -70,7 +75,9 @@ def names(spec: Spec, prefix: str = "") -> list[str]:
     return [n for k, c in zip(keys, spec.children, strict=True) for n in names(c, prefix + k)]
 
 
-def _flatten(tree: Any, tensors: list[torch.Tensor], above: tuple[int, ...]) -> Spec:
+def _flatten(
+    tree: Any, tensors: list[torch.Tensor], above: tuple[int, ...], open_objects: bool
+) -> Spec:
     if isinstance(tree, torch.Tensor):
         tensors.append(tree)
         return _TENSOR
@@ -80,10 +87,10 @@ def _flatten(tree: Any, tensors: list[torch.Tensor], above: tuple[int, ...]) -> 
     if id(tree) in above:
         raise CaptureError(f"an argument or result of type {kind.__name__} contains itself")
     above = (*above, id(tree))
-    children, context = _children(tree)
+    children, context = _children(tree, open_objects)
     if children is None:
         return Spec("static", kind, static_key(tree), (), tree)
-    specs = tuple(_flatten(child, tensors, above) for child in children)
+    specs = tuple(_flatten(child, tensors, above, open_objects) for child in children)
     handler = pytree.SUPPORTED_NODES.get(pytree._get_node_type(tree))
     if handler is not None:
         return Spec("node", kind, static_key(context), specs, context, handler.unflatten_fn)
@@ -95,13 +102,15 @@ _ATOMS: frozenset[type] = frozenset(
 )
 
 
-def _children(tree: Any) -> tuple[Sequence[Any] | None, Any]:
+def _children(tree: Any, open_objects: bool) -> tuple[Sequence[Any] | None, Any]:
     """Children and what is needed to rebuild the parent; no children (None) makes a static leaf."""
     handler = pytree.SUPPORTED_NODES.get(pytree._get_node_type(tree))
     if handler is not None:
         return handler.flatten_fn(tree)
     attributes = _attributes(tree)
-    if attributes is None or not _holds_tensor(tree, 0, set()):
+    if attributes is None:
+        return None, None
+    if not _holds_tensor(tree, 0, set()) and not (open_objects and _is_tree(tree, ())):
         return None, None
     return list(attributes.values()), (list(attributes), tree)
 
@@ -128,6 +137,17 @@ def _holds_tensor(tree: Any, depth: int, seen: set[int]) -> bool:
     else:
         children = (_attributes(tree) or {}).values()
     return any(_holds_tensor(c, depth + 1, seen) for c in children)
+
+
+def _is_tree(tree: Any, above: tuple[int, ...]) -> bool:
+    """Whether an object is small enough to be compared by its contents, and holds no cycle."""
+    if type(tree) in _ATOMS:
+        return True
+    if id(tree) in above or len(above) > 6:
+        return False
+    handler = pytree.SUPPORTED_NODES.get(pytree._get_node_type(tree))
+    children = handler.flatten_fn(tree)[0] if handler else (_attributes(tree) or {}).values()
+    return all(_is_tree(child, (*above, id(tree))) for child in children)
 
 
 def _unflatten(spec: Spec, take: Callable[[], Any]) -> Any:

@@ -56,13 +56,19 @@ class Unit:
         """Runs the module's forward: the captured one if gradients may be wanted."""
         if not (module.training and torch.is_grad_enabled()) or _is_traced(module):
             return self.original(module, *args, **kwargs)
-        try:
-            captured, inputs = self._find(module, args, kwargs)
-        except CaptureError as error:
-            if self.options.strict:
-                raise
+        inputs, spec = tree.flatten((args, kwargs), open_objects=True)
+        with self._lock:
+            key = self._signature(module, inputs, spec)
+            failure: CaptureError | None = None
+            try:
+                captured = self._find(module, args, kwargs, key, inputs, spec)
+            except CaptureError as error:
+                if self.options.strict:
+                    raise
+                failure = error
+        if failure is not None:
             result = self.original(module, *args, **kwargs)  # its own errors come first
-            self._fall_back(module, args, kwargs, error)
+            self._fall_back(module, key, failure)
             return result
         if captured is None:
             return self.original(module, *args, **kwargs)
@@ -75,13 +81,24 @@ class Unit:
                 "rewrite(..., example_inputs=...): the model is in evaluation mode, where the "
                 "original forward runs. Call model.train() first"
             )
-        try:
-            with torch.enable_grad():
-                self._find(module, args, kwargs)
-        except CaptureError as error:
-            if self.options.strict:
-                raise
-            self._fall_back(module, args, kwargs, error)
+        inputs, spec = tree.flatten((args, kwargs), open_objects=True)
+        with torch.enable_grad(), self._lock:
+            key = self._signature(module, inputs, spec)
+            try:
+                self._find(module, args, kwargs, key, inputs, spec)
+            except CaptureError as error:
+                if self.options.strict:
+                    raise
+                self._fall_back(module, key, error)
+
+    def require(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raises the `CaptureError` for which a call would run eagerly, if there is one."""
+        inputs, spec = tree.flatten((args, kwargs), open_objects=True)
+        with torch.enable_grad(), self._lock:
+            key = self._signature(module, inputs, spec)
+            if self._known(key) is None:
+                del self._captured[key]
+            self._find(module, args, kwargs, key, inputs, spec)
 
     def for_module(self, module: nn.Module) -> Unit:
         """This unit, or a new one with the same options if `module` is a copy of its owner."""
@@ -90,34 +107,38 @@ class Unit:
         return Unit(module, self.original, self.options, self.on_instance)
 
     def _find(
-        self, module: nn.Module, args: Any, kwargs: Any
-    ) -> tuple[Captured | None, Sequence[torch.Tensor]]:
+        self,
+        module: nn.Module,
+        args: Any,
+        kwargs: Any,
+        key: Hashable,
+        inputs: Sequence[torch.Tensor],
+        spec: tree.Spec,
+    ) -> Captured | None:
         """What was captured for this call, captured now if it is the first of its kind.
 
         Returns:
-            None if this call runs eagerly, and the flattened arguments.
+            None if this call runs eagerly.
 
         Raises:
             CaptureError: if the call cannot be captured.
         """
-        inputs, spec = tree.flatten((args, kwargs))
-        with self._lock:
-            known = self._known(self._signature(module, inputs, spec))
-            if known is None:
-                return None, inputs
-            captured = next((c for c in known if c.guards_hold(inputs)), None)
-            if captured is None:
-                if len(known) >= self.options.cache_size:
-                    raise CaptureError(
-                        f"forward reads a value that differed {len(known)} times",
-                        hint="Keep decisions that change at each call outside of the model.",
-                    )
-                captured = self._capture(module, args, kwargs, spec)
-                known.append(captured)
-            if not captured.differentiable:
-                return None, inputs
-            self.latest = captured
-            return captured, inputs
+        known = self._known(key)
+        if known is None:
+            return None
+        captured = next((c for c in known if c.guards_hold(inputs)), None)
+        if captured is None:
+            if len(known) >= self.options.cache_size:
+                raise CaptureError(
+                    f"forward reads a value that differed {len(known)} times",
+                    hint="Keep decisions that change at each call outside of the model.",
+                )
+            captured = self._capture(module, args, kwargs, spec)
+            known.append(captured)
+        if not captured.differentiable:
+            return None
+        self.latest = captured
+        return captured
 
     def _signature(
         self, module: nn.Module, inputs: Sequence[torch.Tensor], spec: tree.Spec
@@ -153,11 +174,9 @@ class Unit:
             watch.state,
         )
 
-    def _fall_back(self, module: nn.Module, args: Any, kwargs: Any, error: CaptureError) -> None:
+    def _fall_back(self, module: nn.Module, key: Hashable, error: CaptureError) -> None:
         """Calls of this kind run eagerly from now on; says so once."""
-        inputs, spec = tree.flatten((args, kwargs))
-        with self._lock:
-            self._captured[self._signature(module, inputs, spec)] = None
+        self._captured[key] = None
         if not self._warned:
             self._warned = True
             warnings.warn(

@@ -21,6 +21,7 @@ from fxckpt import ops
 from fxckpt.errors import CaptureError
 from fxckpt.joint import reachable
 
+_HINT = "Keep that decision outside of the model, or rewrite its submodules."
 MAX_ELEMENTS = 1 << 24  # of one intermediate: beyond, evaluating at each call is not cheap
 
 
@@ -89,11 +90,13 @@ def _require_knowable(nodes: set[Node], known: Mapping[Node, Any], what: str) ->
             if node not in known:
                 raise CaptureError(
                     f"forward reads a value ({what}) that depends on floating-point data",
-                    hint="Keep that decision outside of the model, or rewrite its submodules.",
+                    hint=_HINT,
                 )
         elif ops.node_is_random(node):
-            raise CaptureError(f"forward reads a value ({what}) that depends on a random draw")
+            raise CaptureError(
+                f"forward reads a value ({what}) that depends on a random draw", hint=_HINT
+            )
         elif isinstance(node.meta["val"], torch.Tensor) and (
             node.meta["val"].numel() > MAX_ELEMENTS
         ):
-            raise CaptureError(f"forward reads a value ({what}) of a large tensor")
+            raise CaptureError(f"forward reads a value ({what}) of a large tensor", hint=_HINT)

@@ -11,7 +11,7 @@ from torch import nn
 
 from fxckpt import ops, tree
 from fxckpt.errors import FxckptError, MismatchError
-from fxckpt.module import is_rewritten, original_forward, rewrite
+from fxckpt.module import is_rewritten, original_forward, require_captured, rewrite
 
 
 def verify(model: nn.Module, *args: Any, policy: Any = None, **kwargs: Any) -> None:
@@ -30,6 +30,7 @@ def verify(model: nn.Module, *args: Any, policy: Any = None, **kwargs: Any) -> N
 
     Raises:
         MismatchError: naming the first value that differs, and by how much.
+        CaptureError: if the module cannot be captured, so that it runs eagerly.
         FxckptError: if there is nothing to compare.
 
     Example:
@@ -46,6 +47,7 @@ def verify(model: nn.Module, *args: Any, policy: Any = None, **kwargs: Any) -> N
         model = rewrite(model, policy, strict=True)
     if not model.training:
         raise FxckptError("verify(model, ...): the model is in evaluation mode; call model.train()")
+    require_captured(model, args, kwargs)
     eager = _observe(model, original_forward(model), args, kwargs)
     again = _observe(model, original_forward(model), args, kwargs)
     ours = _observe(model, model.forward, args, kwargs)

@@ -43,7 +43,8 @@ def test_policy_is_exact(name: str, policy: str, eager: dict[str, list]) -> None
     case = case_of(name)
     model = fxckpt.rewrite(case.model, policy, strict=True)
     assert_same(eager[name], train(model, build_step(case), optimizer=optimizer))
-    assert len(captures(model)) == 1
+    # ViT's loss notes the kind of problem in its configuration at the first call.
+    assert len(captures(model)) == (2 if name == "vit" else 1)
 
 
 @pytest.mark.parametrize(("name", "policy"), sorted(WITHOUT))

@@ -45,6 +45,14 @@ def literals(model: nn.Module) -> list[str]:
     return ["clone" for name in joint_of(model).primals if name.startswith("literal")]
 
 
+def without_shapes(calls: list[str]) -> list[str]:
+    """Factories that take a tensor for its shape are replaced by others; they cost the same."""
+    blank = {"empty_like", "new_empty", "empty_strided", "empty"}
+    filled = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "full"}
+    filled |= {"zeros", "ones"}
+    return ["blank" if c in blank else "filled" if c in filled else c for c in calls]
+
+
 # --- operations that are run ----------------------------------------------------------------------
 
 
@@ -56,7 +64,8 @@ def test_everything_saved_runs_what_eager_runs(name: str) -> None:
     case.model.zero_grad()
     model = rewritten(case.model, "everything", **batch)
     ours = count(model, loss=case.loss, **batch)
-    more = Multiset(ours.calls) - Multiset(eager.calls + guard_calls(model) + literals(model))
+    allowed = without_shapes(eager.calls) + guard_calls(model) + literals(model)
+    more = Multiset(without_shapes(ours.calls)) - Multiset(allowed)
     assert not more, f"more than eager: {dict(more)}"
     assert len(ours.calls) > 0.8 * len(eager.calls)
 
@@ -138,8 +147,8 @@ def test_batch_norm_counts_a_batch_once(policy: str) -> None:
 
 
 def test_random_operations_are_replayed_only_where_recomputed() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 4), nn.Dropout(0.5))
-    x = torch.ones(2, 4)
+    model = nn.Sequential(nn.Linear(4, 32), nn.Dropout(0.5), nn.Linear(32, 32), nn.Dropout(0.5))
+    x = torch.ones(64, 4)  # so that a mask is larger than the state of the generator
 
     def first_mask(value: fxckpt.Value) -> object:
         return fxckpt.RECOMPUTE if value.path == "3" else fxckpt.SAVE
@@ -160,7 +169,7 @@ def test_no_copies_of_what_is_changed_in_place() -> None:
         nn.Conv2d(2, 2, 3),
         nn.Dropout(0.5, inplace=True),
     )
-    images = torch.ones(2, 1, 8, 8)
+    images = torch.ones(16, 1, 16, 16)
     for policy in ("everything", "nothing"):
         text = "".join(graph_texts(rewritten(model, policy, images)))
         assert "inplace" not in text, text
