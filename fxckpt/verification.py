@@ -47,9 +47,9 @@ def verify(model: nn.Module, *args: Any, policy: Any = None, **kwargs: Any) -> N
         model = rewrite(model, policy, strict=True)
     if not model.training:
         raise FxckptError("verify(model, ...): the model is in evaluation mode; call model.train()")
-    require_captured(model, args, kwargs)
     eager = _observe(model, original_forward(model), args, kwargs)
     again = _observe(model, original_forward(model), args, kwargs)
+    require_captured(model, args, kwargs)
     ours = _observe(model, model.forward, args, kwargs)
     for (name, expected), (_, repeated), (_, got) in zip(eager, again, ours, strict=True):
         _compare(name, expected, repeated, got)

@@ -18,7 +18,7 @@ import fxckpt
 from bench import models
 from fxckpt import RECOMPUTE, SAVE, PolicyError, Value, policies
 from fxckpt.capture import capture
-from fxckpt.joint import Joint, is_value, root, storage_bytes
+from fxckpt.joint import Joint, is_value, producer, root, storage_bytes
 from fxckpt.policies import NAMES, resolve
 from fxckpt.regions import Structure
 from fxckpt.segments import read_by_backward, segment_inputs
@@ -283,7 +283,7 @@ def programs(draw: st.DrawFn) -> Callable[[Tensor, Tensor], Tensor]:
     count = draw(st.integers(1, 7))
     steps = [
         (
-            draw(st.sampled_from(["sin", "mul", "cat", "slice", "linear"])),
+            draw(st.sampled_from(["sin", "mul", "cat", "slice", "linear", "max"])),
             draw(st.integers(0, i)),
             draw(st.integers(0, i)),
         )
@@ -301,6 +301,7 @@ def programs(draw: st.DrawFn) -> Callable[[Tensor, Tensor], Tensor]:
                     "cat": lambda a=a, b=b: torch.cat([a, b], 1),
                     "slice": lambda a=a: a[:, 1:].exp(),
                     "linear": lambda a=a: a[:, :1] @ w[:1],
+                    "max": lambda a=a: a.max(1, keepdim=True)[0],
                 }[kind]()
             )
         return sum(r.sum() for r in results)
@@ -322,7 +323,8 @@ class _Cuts:
 
     def __init__(self, joint: Joint) -> None:
         self.nodes = list(joint.forward_nodes())
-        self.at = {n: i for i, n in enumerate(self.nodes)}
+        positions = {n: i for i, n in enumerate(self.nodes)}
+        self.at = {n: positions[producer(n)] for n in self.nodes}
         self.read = read_by_backward(joint)
         self.values = [n for n in self.nodes if is_value(n)]
         self.last = dict.fromkeys(self.values, -1)
@@ -495,7 +497,7 @@ def test_one_of_several_selectors_that_matches_nothing(gpt2: Joint) -> None:
 
 
 def test_a_module_that_computes_no_value_matches_nothing() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Flatten())
+    model = nn.Sequential(nn.Linear(4, 4), nn.Flatten(0))
     with pytest.raises(PolicyError, match="matches nothing"):
         resolve(recompute=nn.Flatten)(joint_of(model, torch.randn(2, 4)))
 

@@ -688,6 +688,22 @@ def test_chains_of_calls_of_shared_modules() -> None:
     ]
 
 
+def test_chains_through_lists_that_are_not_called() -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seq = nn.Sequential(Stack(nn.Sequential(nn.Tanh())))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.seq(x)
+
+    chains = call_chains(joint_of(Wrapped(), inputs()))
+    (chain,) = (chain for node, chain in chains.items() if node.name == "tanh")
+    paths = ["", "seq", "seq.0", "seq.0.layers.0", "seq.0.layers.0.0"]
+    assert [call.path for call in chain] == paths
+    assert [call.cls for call in chain] == [Wrapped, nn.Sequential, Stack, nn.Sequential, nn.Tanh]
+
+
 def test_chains_in_a_bare_function() -> None:
     model = nn.Sequential(nn.Tanh(), nn.Linear(WIDTH, 3))
     joint = joint_of(lambda x: model(x).sin(), inputs())

@@ -358,11 +358,11 @@ def forward(self, args_list):
     addmm = aten_addmm_default(layers_0_0_bias, args_0_, t);  layers_0_0_bias = t = None
     # recomputed in backward: layers.0.1
     tanh = aten_tanh_default(addmm)
+    # layers.0.2
+    empty_strided = aten_empty_strided_default([3, 2], [2, 1], dtype = torch.float32, device = device(type='cpu'))
+    bernoulli_ = aten_bernoulli__float(empty_strided);  empty_strided = None
     # recomputed in backward: layers.0.2
-    empty_like = aten_empty_like_default(tanh)
-    read_rng_state = fxckpt_ops_read_rng_state(device(type='cpu'))
-    bernoulli_ = aten_bernoulli__float(empty_like);  empty_like = None
-    div_ = aten_div__Scalar(bernoulli_, 0.5);  bernoulli_ = None
+    div_ = fxckpt_ops_inplace(torch.ops.aten.div_.Scalar, ((0, None, True),), bernoulli_, 0.5)
     mul = aten_mul_Tensor(tanh, div_);  tanh = div_ = None
     # recomputed in backward: (root)
     add = aten_add_Tensor(args_0_, mul);  args_0_ = mul = None
@@ -371,16 +371,16 @@ def forward(self, args_list):
     addmm_1 = aten_addmm_default(layers_1_0_bias, add, t_1);  layers_1_0_bias = t_1 = None
     # recomputed in backward: layers.1.1
     tanh_1 = aten_tanh_default(addmm_1)
+    # layers.1.2
+    empty_strided_1 = aten_empty_strided_default([3, 2], [2, 1], dtype = torch.float32, device = device(type='cpu'))
+    bernoulli__1 = aten_bernoulli__float(empty_strided_1);  empty_strided_1 = None
     # recomputed in backward: layers.1.2
-    empty_like_1 = aten_empty_like_default(tanh_1)
-    read_rng_state_1 = fxckpt_ops_read_rng_state(device(type='cpu'))
-    bernoulli__1 = aten_bernoulli__float(empty_like_1);  empty_like_1 = None
-    div__1 = aten_div__Scalar(bernoulli__1, 0.5);  bernoulli__1 = None
+    div__1 = fxckpt_ops_inplace(torch.ops.aten.div_.Scalar, ((0, None, True),), bernoulli__1, 0.5)
     # layers.1.2
     mul_1 = aten_mul_Tensor(tanh_1, div__1);  tanh_1 = div__1 = None
     # (root)
     add_1 = aten_add_Tensor(add, mul_1);  add = mul_1 = None
-    return (add_1, addmm_1, read_rng_state_1, addmm, read_rng_state)""",
+    return (add_1, bernoulli__1, addmm_1, addmm, bernoulli_)""",
     )
 
 
@@ -393,20 +393,18 @@ def forward(self, args_list):
     args_iter = iter(args_list)
     layers_1_0_weight = next(args_iter)
     args_0_ = next(args_iter)
+    bernoulli__1 = next(args_iter)
     addmm_1 = next(args_iter)
-    rng_bernoulli__1 = next(args_iter)
     addmm = next(args_iter)
-    rng_bernoulli_ = next(args_iter)
+    bernoulli_ = next(args_iter)
     cotangent_0 = next(args_iter)
     args_list.clear()
-    # recompute layers.1.1
-    tanh_1 = aten_tanh_default(addmm_1);  addmm_1 = None
     # recompute layers.1.2
-    empty_like_1 = aten_empty_like_default(tanh_1)
-    bernoulli__1 = fxckpt_ops_with_rng_state(rng_bernoulli__1, device(type='cpu'), torch.ops.aten.bernoulli_.float, empty_like_1);  rng_bernoulli__1 = empty_like_1 = None
-    div__1 = aten_div__Scalar(bernoulli__1, 0.5);  bernoulli__1 = None
+    div__1 = fxckpt_ops_inplace(torch.ops.aten.div_.Scalar, ((0, None, True),), bernoulli__1, 0.5);  bernoulli__1 = None
     # backward of layers.1.2
     mul_2 = aten_mul_Tensor(cotangent_0, div__1);  div__1 = None
+    # recompute layers.1.1
+    tanh_1 = aten_tanh_default(addmm_1);  addmm_1 = None
     # backward of layers.1.1
     tanh_backward = aten_tanh_backward_default(mul_2, tanh_1);  mul_2 = tanh_1 = None
     # recompute layers.1.0
@@ -418,9 +416,7 @@ def forward(self, args_list):
     # recompute layers.0.1
     tanh = aten_tanh_default(addmm);  addmm = None
     # recompute layers.0.2
-    empty_like = aten_empty_like_default(tanh)
-    bernoulli_ = fxckpt_ops_with_rng_state(rng_bernoulli_, device(type='cpu'), torch.ops.aten.bernoulli_.float, empty_like);  rng_bernoulli_ = empty_like = None
-    div_ = aten_div__Scalar(bernoulli_, 0.5);  bernoulli_ = None
+    div_ = fxckpt_ops_inplace(torch.ops.aten.div_.Scalar, ((0, None, True),), bernoulli_, 0.5);  bernoulli_ = None
     mul = aten_mul_Tensor(tanh, div_)
     # recompute (root)
     add = aten_add_Tensor(args_0_, mul);  mul = None
