@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import fxckpt
 from bench.models import build
+from fxckpt import ops
 
 WIDTH = 512
 MIB = WIDTH * WIDTH * 4  # bytes of one activation of WIDTH rows: everything below counts these
@@ -53,6 +54,18 @@ def without_shapes(calls: list[str]) -> list[str]:
     return ["blank" if c in blank else "filled" if c in filled else c for c in calls]
 
 
+def changed_small_draws(model: nn.Module) -> list[str]:
+    """A random value no larger than the state of the generator is kept: if it is changed in place
+    afterwards, as a dropout mask, a copy of it is changed."""
+    return [
+        "clone"
+        for value in joint_of(model).values()
+        if value.random
+        and value.bytes <= ops.rng_state_bytes(value.node.meta["val"].device)
+        and any(user.target is ops.inplace for user in value.node.users)
+    ]
+
+
 # --- operations that are run ----------------------------------------------------------------------
 
 
@@ -81,8 +94,9 @@ def test_nothing_saved_runs_every_forward_operation_at_most_twice(name: str) -> 
     case.model.zero_grad()
     model = rewritten(case.model, "nothing", **batch)
     ours = count(model, loss=case.loss, **batch)
-    limit = Multiset(forward.calls * 2 + backward.calls + guard_calls(model) + literals(model) * 2)
-    more = Multiset(ours.calls) - limit
+    allowed = without_shapes(forward.calls * 2 + backward.calls) + guard_calls(model)
+    allowed += (literals(model) + changed_small_draws(model)) * 2
+    more = Multiset(without_shapes(ours.calls)) - Multiset(allowed)
     assert not more, f"more than twice: {dict(more)}"
 
 
@@ -173,7 +187,10 @@ def test_no_copies_of_what_is_changed_in_place() -> None:
     for policy in ("everything", "nothing"):
         text = "".join(graph_texts(rewritten(model, policy, images)))
         assert "inplace" not in text, text
-        assert "clone" not in text, text
+        assert "clone_exactly" not in text, text
+        assert "aten_clone" not in text, text
+        # The state of the generator alone is copied, before it is moved on.
+        assert text.count("torch.clone(") == text.count("torch.clone(rng_"), text
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -380,7 +397,7 @@ def forward(self, args_list):
     mul_1 = aten_mul_Tensor(tanh_1, div__1);  tanh_1 = div__1 = None
     # (root)
     add_1 = aten_add_Tensor(add, mul_1);  add = mul_1 = None
-    return (add_1, bernoulli__1, addmm_1, addmm, bernoulli_)""",
+    return (add_1, bernoulli__1, addmm_1, addmm, bernoulli_)""",  # noqa: E501
     )
 
 
