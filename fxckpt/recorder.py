@@ -36,6 +36,12 @@ from fxckpt.errors import CaptureError
 from fxckpt.places import Place
 
 aten = torch.ops.aten
+_REPLACES_MEMORY = (
+    aten.set_.source_Tensor,
+    aten.set_.source_Storage_storage_offset,
+    aten.resize_.default,
+    aten.resize_as_.default,
+)
 
 
 @dataclasses.dataclass(slots=True)
@@ -205,7 +211,8 @@ class Recorder(TorchDispatchMode):
                 hint="Draw from the default generator, or draw outside of the model.",
             )
         if torch.Tag.inplace_view in func.tags:
-            raise CaptureError(f"{func} changes the shape of a tensor in place")
+            self._record_new_geometry(func, args[0])
+            return
         if self.phase == "backward" and ops.is_random(func, args, kwargs):
             raise CaptureError(
                 f"backward draws random numbers ({func})",
@@ -261,6 +268,21 @@ class Recorder(TorchDispatchMode):
             raise CaptureError(f"results of {func} overlap")
         recipe = Recipe(storage.root, aten.detach.default, (storage.root,), {}, None)
         self._entries[id(out)] = self._alias_entry(out, storage.node, recipe)
+
+    def _record_new_geometry(self, func: OpOverload, tensor: torch.Tensor) -> None:
+        """An operation such as `unsqueeze_`: the tensor is another view of its storage.
+
+        On a view, autograd's history of a fake tensor misses the change (2.13), and a mutation that
+        follows gets a wrong gradient; so views are refused.
+        """
+        storage = self.storage_of(tensor)
+        if tensor is not storage.root or func in _REPLACES_MEMORY:
+            raise CaptureError(f"{func} changes the shape of a tensor in place")
+        before = self.node_for(tensor)
+        geometry = (list(tensor.size()), list(tensor.stride()), tensor.storage_offset())
+        node = self._emit(aten.as_strided.default, (before, *geometry), {}, tensor)
+        node.meta["alias"] = before
+        self._entries[id(tensor)].node = storage.node = node
 
     def _record_mutation(
         self, func: OpOverload, args: Any, kwargs: Any, where: list[Any], out: Any
