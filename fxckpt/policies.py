@@ -9,7 +9,7 @@ backward does not read is never saved, whatever the policy says.
     "attention"     recompute what lies inside attention layers
     "mlp"           recompute what lies inside feed-forward layers, mixtures of experts included
     "norm"          recompute normalisations, their results too
-    "block"         recompute what lies inside repeated blocks
+    "block"         recompute what lies inside repeated blocks, and dropout masks outside
     "sqrt"          save what crosses the cuts between about sqrt(n) equal segments, no more
 
 The functions at the end are those of `jax.checkpoint_policies`, under the same names.
@@ -193,6 +193,23 @@ def _inside(kind: str, find: Callable[[Structure], list[Region]]) -> Decide:
     return decide
 
 
+def _block(joint: Joint) -> set[Node]:
+    """Dropout masks outside of blocks are drawn again too: that takes a state, not a tensor."""
+    return _inside("block", blocks)(joint) - _drawn(joint)
+
+
+def _drawn(joint: Joint) -> set[Node]:
+    """The values that follow from random draws, and constants, alone."""
+    drawn: set[Node] = set()
+    fixed: set[Node] = set()  # constants
+    for node in joint.forward_nodes():
+        if not all(n in drawn or n in fixed for n in node.all_input_nodes):
+            continue
+        random = ops.node_is_random(node) or any(n in drawn for n in node.all_input_nodes)
+        (drawn if random else fixed).add(node)
+    return drawn
+
+
 def _norm(joint: Joint) -> set[Node]:
     structure = Structure(joint)
     regions = _found("norm", norms(structure))
@@ -220,6 +237,6 @@ NAMES: dict[str, Decide] = {
     "attention": _inside("attention", attentions),
     "mlp": _inside("mlp", mlps),
     "norm": _norm,
-    "block": _inside("block", blocks),
+    "block": _block,
     "sqrt": lambda joint: segment_inputs(Structure(joint)),
 }

@@ -273,10 +273,14 @@ class Recorder(TorchDispatchMode):
         """An operation such as `unsqueeze_`: the tensor is another view of its storage.
 
         On a view, autograd's history of a fake tensor misses the change (2.13), and a mutation that
-        follows gets a wrong gradient; so views are refused.
+        follows gets a wrong gradient; and views of the tensor would not fit it any more. So only a
+        tensor without views may change.
         """
         storage = self.storage_of(tensor)
-        if tensor is not storage.root or func in _REPLACES_MEMORY:
+        alone = not any(
+            e.storage is storage and e.tensor is not tensor for e in self._entries.values()
+        )
+        if tensor is not storage.root or not alone or func in _REPLACES_MEMORY:
             raise CaptureError(f"{func} changes the shape of a tensor in place")
         before = self.node_for(tensor)
         geometry = (list(tensor.size()), list(tensor.stride()), tensor.storage_offset())

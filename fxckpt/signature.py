@@ -78,7 +78,9 @@ class Watch:
         containers |= {id(d): d for m in modules for d in _hooks(m)}
         self._containers = list(containers.values())
         self._counts = list(map(len, self._containers))
-        self._contents = [_Contents(c) for c in _containers(modules)]
+        found = _containers(modules)
+        slots = {id(m.__dict__) for m in modules} | {id(c) for h in held for c, _ in h.slots}
+        self._contents = [_Contents(c, slots=id(c) in slots) for c in found]
         self._numbers: dict[Hashable, tuple[int, Any]] = {}
         self._tensors: list[Any] = []
         self._geometry: list[Any] = []
@@ -134,10 +136,14 @@ def _hooks(m: nn.Module) -> list[Any]:
 
 
 class _Contents:
-    """What a dictionary or list holds that is not a tensor: training flags, numbers, objects."""
+    """What a container holds: training flags, numbers, objects.
 
-    def __init__(self, container: dict[str, Any] | list[Any]) -> None:
+    With `slots`, tensors in it are slots of the watch, which compares their geometry.
+    """
+
+    def __init__(self, container: Any, *, slots: bool) -> None:
         self._container = container
+        self._slots = slots
         self._tensors = self._tensor_keys()
         self._before: list[Any] = []
         self._simple = True  # no value whose comparison could be elementwise
@@ -146,7 +152,7 @@ class _Contents:
         """Whether all values are those of the last `read`."""
         if self._simple:
             return list(self._values()) == self._before
-        now = [v for v in self._values() if not isinstance(v, torch.Tensor)]
+        now = self._compared()
         return len(now) == len(self._before) and all(map(is_, now, self._before))
 
     def other_tensors(self) -> bool:
@@ -156,12 +162,19 @@ class _Contents:
     def read(self) -> list[Any]:
         """Remembers the present values, and returns them."""
         self._simple = not any(hasattr(v, "__array__") for v in self._values())
-        self._before = [v for v in self._values() if not isinstance(v, torch.Tensor)]
+        self._before = self._compared()
         return self._before
 
     def key(self) -> Hashable:
         """The present state: plain values by value, other objects by identity."""
-        return tuple(map(_key, self._items()))
+        return tuple(
+            (name, torch.Tensor) if self._slots and isinstance(v, torch.Tensor) else (name, _key(v))
+            for name, v in self._items()
+        )
+
+    def _compared(self) -> list[Any]:
+        """The values, without tensors that are compared by their geometry, like parameters."""
+        return [v for v in self._values() if not (self._slots and isinstance(v, torch.Tensor))]
 
     def _values(self) -> Iterable[Any]:
         return self._container.values() if isinstance(self._container, dict) else self._container
@@ -175,11 +188,8 @@ class _Contents:
         return {k for k, v in self._items() if isinstance(v, torch.Tensor)}
 
 
-def _key(item: tuple[Any, Any]) -> Hashable:
-    name, value = item
-    if isinstance(value, torch.Tensor):
-        return name, torch.Tensor  # compared by its geometry, like parameters
-    return name, tree.static_key(value) if isinstance(value, _PLAIN) else id(value)
+def _key(value: Any) -> Hashable:
+    return tree.static_key(value) if isinstance(value, _PLAIN) else id(value)
 
 
 def _containers(modules: Iterable[nn.Module]) -> list[Any]:
@@ -205,8 +215,9 @@ def _containers(modules: Iterable[nn.Module]) -> list[Any]:
 _DEPTH = 4
 
 
-def _state_of(value: Any) -> dict[str, Any] | list[Any] | tuple[Any, ...] | None:
-    if isinstance(value, (dict, list, tuple)):
+def _state_of(value: Any) -> Any:
+    """The container in which a value keeps its state, if it has one that is watched."""
+    if isinstance(value, (dict, list, tuple, set)):
         return value
     if isinstance(value, (nn.Module, torch.Tensor, type)) or inspect.isroutine(value):
         return None

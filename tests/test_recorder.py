@@ -33,8 +33,8 @@ class Reshaped(nn.Module):
         y.unsqueeze_(0).transpose_(0, 1)
         y.mul_(2)
         z = y * 3
-        z[:, 0].add_(1)
         z.squeeze_(1)
+        z[:, 0].add_(1)
         return z * y[:, 0]
 
 
@@ -80,7 +80,18 @@ class TurnedView(Resized):
         return z * 2
 
 
-@pytest.mark.parametrize("kind", [Resized, TurnedView])
+class TurnedBase(Resized):
+    """Changes the shape of a tensor that has a view."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.linear(x) * 3
+        view = z[1:]
+        z.t_()
+        z.mul_(2)
+        return view
+
+
+@pytest.mark.parametrize("kind", [Resized, TurnedView, TurnedBase])
 def test_is_refused(kind: type[nn.Module]) -> None:
     with pytest.raises(fxckpt.CaptureError, match="changes the shape of a tensor in place"):
         fxckpt.verify(kind(), torch.randn(3, 4), policy="nothing")
