@@ -199,6 +199,11 @@ def without_unread(
     return target, tuple(None if i in positions else a for i, a in enumerate(args)), kwargs
 
 
+def is_blank(node: Node) -> bool:
+    """Whether a value is memory without contents."""
+    return schema_name(node.target) in ("aten::empty_strided", "aten::empty")
+
+
 def is_new_statistic(node: Node) -> bool:
     """Whether a value is an updated running statistic, which is computed once, in forward."""
     if node.target is not getitem:

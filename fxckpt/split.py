@@ -235,6 +235,8 @@ class _Backward:
     def _is_argument(self, node: Node) -> bool:
         if node.op == "placeholder":
             return True
+        if ops.is_blank(node):
+            return False  # memory without contents is not worth keeping, whatever the policy says
         return is_value(node) and (
             node in self._saved or ops.is_new_statistic(node) or _smaller_than_its_state(node)
         )
