@@ -276,6 +276,9 @@ class Captured:
         )
 
 
+_FREED: Any = object()  # in place of a call whose backward is done
+
+
 class _Function(torch.autograd.Function):
     """See the note on what autograd sees."""
 
@@ -297,6 +300,11 @@ class _Function(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[Any, ...]:
         saved = list(ctx.saved_tensors)  # raises as eager does if one was changed, or freed
         call: _Call = ctx.call
+        if call is _FREED:
+            raise RuntimeError(
+                "Trying to backward through the graph a second time. Specify retain_graph=True if "
+                "you need to backward through the graph a second time"
+            )
         if torch.is_grad_enabled():
             return (None, *call.captured.run_again(call, cotangents))
         try:
@@ -306,6 +314,8 @@ class _Function(torch.autograd.Function):
         saved += [call.primals[i] for i in extra]
         saved += [c for c in cotangents if c is not None]
         ctx.maybe_clear_saved_tensors()
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            ctx.call = _FREED
         del cotangents, call
         with _as_recorded():
             return (None, *graph.forward(saved))
