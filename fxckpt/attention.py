@@ -27,7 +27,7 @@ from collections.abc import Collection
 from torch.fx import Node
 
 from fxckpt import ops
-from fxckpt.calls import Call
+from fxckpt.places import Call
 from fxckpt.regions import (
     DENSE,
     NONLINEAR,

@@ -30,7 +30,7 @@ from torch.fx import Node
 from fxckpt import invisible, tree
 from fxckpt.errors import CaptureError
 from fxckpt.joint import Primal
-from fxckpt.places import Places
+from fxckpt.places import ROOT, Places, Position
 from fxckpt.recorder import Recorder
 from fxckpt.state import Assignment, Held, held_tensors, substituted
 from fxckpt.tape import Result, Tape, reported
@@ -43,6 +43,7 @@ def capture(
     kwargs: Mapping[str, Any] | None = None,
     *,
     module: nn.Module | None = None,
+    position: Position = ROOT,
 ) -> Tape:
     """Records what `fn(*args, **kwargs)` does to tensors, without doing it.
 
@@ -51,12 +52,13 @@ def capture(
         args: Positional arguments: nested containers of tensors and static values.
         kwargs: Keyword arguments, likewise.
         module: The module whose parameters and buffers `fn` reads.
+        position: Where it stands in the model that was rewritten.
 
     Raises:
         CaptureError: if a graph cannot reproduce the call exactly. The program, its random number
             generators and the module are left as they were.
     """
-    session = _Session(module, args, dict(kwargs or {}))
+    session = _Session(module, position, args, dict(kwargs or {}))
     _capturing.active = True
     try:
         return session.run(fn)
@@ -75,7 +77,9 @@ def is_capturing() -> bool:
 class _Session:
     """The capture of one call: the primals, the recorder, and what is learned on the way."""
 
-    def __init__(self, module: nn.Module | None, args: Any, kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self, module: nn.Module | None, position: Position, args: Any, kwargs: dict[str, Any]
+    ) -> None:
         self.module = module
         self.inputs, self.input_spec = tree.flatten((args, kwargs), open_objects=True)
         self.held = _held(module) if module is not None else {}
@@ -84,7 +88,7 @@ class _Session:
             _refuse_exotic(tensor)
         own = next((t.fake_mode for t in everything if isinstance(t, FakeTensor)), None)
         self.fake_mode = own or FakeTensorMode(allow_non_fake_inputs=True)
-        self.places = Places(module)
+        self.places = Places(module, position)
         self.recorder = Recorder(self.fake_mode, self._adopt, self.places, self._read)
         self.primals: dict[int, Primal] = {}  # by id of the real tensor
         self.real: dict[Node, torch.Tensor] = {}  # placeholders whose values Python may read

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from torch.fx import Node
 
 from fxckpt.attention import attentions, is_attention
-from fxckpt.calls import Call
+from fxckpt.places import Call
 from fxckpt.regions import (
     DENSE,
     NONLINEAR,

@@ -20,8 +20,8 @@ Every node carries in `meta`:
 
     val          the fake tensor (or tuple of them) that it produced
     phase        "forward" or "backward"
-    path, call   the module that ran it, and which call of that module it was; a backward node has
-                 those of the forward operation that it differentiates
+    path         the innermost module that ran it, of forward the one that it differentiates
+    calls        all running module calls, from the root to the innermost
     source       the user's source line, "file.py:31"
     alias        the node whose storage it is a view of, if it is a view (views are free)
     tags         names given by `fxckpt.name`
@@ -39,6 +39,7 @@ import torch
 from torch.fx import Graph, Node
 
 from fxckpt import ops
+from fxckpt.places import ROOT, Position
 
 MAX_CONTRIBUTIONS = 4  # beyond, holding them all would cost more memory than exactness is worth
 
@@ -74,6 +75,7 @@ class Joint:
     outputs: list[Node]  # what forward returns, each on a storage of its own
     writes: dict[str, Node]  # primal name -> its contents after forward
     grads: dict[str, tuple[Node, ...]]  # primal name -> contributions to its gradient, in order
+    position: Position = ROOT
 
     def forward_nodes(self) -> Iterator[Node]:
         """The operations of the forward phase, in execution order."""
@@ -138,7 +140,7 @@ class Value:
     @property
     def module_types(self) -> tuple[type, ...]:
         """Classes of the modules that it was computed in, from the outermost to the innermost."""
-        return self.node.meta["types"]
+        return tuple(call.cls for call in self.node.meta["calls"] if call.cls is not object)
 
     @property
     def source(self) -> str:

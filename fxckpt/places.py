@@ -6,7 +6,7 @@ import bisect
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -21,13 +21,67 @@ _STANDARD_LIBRARY = str(Path(contextlib.__file__).parent)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Place:
-    """Where in the user's program an operation was run."""
+class Call:
+    """One call of one module; the root's path is `""`, its class in a bare function `object`."""
+
+    path: str
+    index: int
+    cls: type
+
+    @property
+    def name(self) -> str:
+        """`"h.3.attn"`, or `"h.3.attn (call 2)"` from the second call on."""
+        return f"{self.path or '(root)'}" + (f" (call {self.index + 1})" if self.index else "")
+
+
+Chain = tuple[Call, ...]  # from the root to the innermost call
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Position:
+    """Where a captured module stands in the model that was rewritten.
+
+    Attributes:
+        path: Its path; `""` if it is the model itself.
+        copies: How many modules of its kind the model has.
+    """
 
     path: str = ""
-    call: int = 0
-    types: tuple[type, ...] = ()
+    copies: int = 1
+
+    @property
+    def is_part(self) -> bool:
+        """Whether the captured module is but a part of the model that was rewritten."""
+        return bool(self.path)
+
+
+ROOT = Position()
+
+
+def kind(path: str, cls: type) -> Hashable:
+    """What repeated modules have in common: the class; for an `nn.Sequential`, the list it is in.
+
+    None for the model itself, and for what is not in a list and may be anything.
+    """
+    parent, _, last = path.rpartition(".")
+    if not path:
+        return None
+    if cls is not nn.Sequential:
+        return cls
+    return (parent, nn.Sequential) if last.isdigit() else None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Place:
+    """Where in the user's program an operation was run: in which module calls, at which line."""
+
+    calls: Chain = ()
     source: str = ""
+
+    @property
+    def path(self) -> str:
+        """The path of the innermost running module."""
+        return self.calls[-1].path if self.calls else ""
 
 
 class Places:
@@ -38,13 +92,14 @@ class Places:
     sequence number that autograd gives to both.
     """
 
-    def __init__(self, module: nn.Module | None) -> None:
-        self.phase = "forward"
+    def __init__(self, module: nn.Module | None, position: Position) -> None:
+        self.phase, self.position = "forward", position
         self._paths: dict[int, str] = {}
         if module is not None:
-            for path, m in module.named_modules():
+            for path, m in module.named_modules(prefix=position.path):
                 self._paths.setdefault(id(m), path)
-        self._stack = [Place(types=(type(module),) if module is not None else ())]
+        root = Call(position.path, 0, object if module is None else type(module))
+        self._stack: list[Chain] = [(root,)]
         self._calls: dict[str, int] = {}
         self._by_sequence: dict[int, Place] = {}
         self._numbers: list[int] = []  # its keys, ascending
@@ -53,7 +108,7 @@ class Places:
         if self.phase == "backward":
             node = torch._C._current_autograd_node()
             return Place() if node is None else self._of_sequence(node._sequence_nr())
-        place = dataclasses.replace(self._stack[-1], source=user_source())
+        place = Place(self._stack[-1], user_source())
         number = torch._C._autograd._get_sequence_nr() - 1
         if number not in self._by_sequence:
             self._by_sequence[number] = place
@@ -79,9 +134,9 @@ class Places:
 
     def _enter(self, m: nn.Module) -> None:
         above = self._stack[-1]
-        path = self._paths.get(id(m)) or f"{above.path}.{type(m).__name__}".lstrip(".")
+        path = self._paths.get(id(m)) or f"{above[-1].path}.{type(m).__name__}".lstrip(".")
         self._calls[path] = self._calls.get(path, -1) + 1
-        self._stack.append(Place(path, self._calls[path], (*above.types, type(m))))
+        self._stack.append((*above, Call(path, self._calls[path], type(m))))
 
     def _leave(self) -> None:
         self._stack.pop()

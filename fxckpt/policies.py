@@ -68,7 +68,8 @@ def resolve(
 
     Raises:
         PolicyError: if these are no policy or no selectors. The function that is returned raises it
-            if a selector matches nothing in the joint graph, or it has no layers of the kind.
+            if a selector matches nothing in the joint graph, or it has no layers of the kind; but
+            not for a part of a model, as the rest may have them.
 
     Example:
         >>> decide = resolve("dots", recompute="lm_head")
@@ -187,7 +188,7 @@ def _inside(kind: str, find: Callable[[Structure], list[Region]]) -> Decide:
 
     def decide(joint: Joint) -> set[Node]:
         structure = Structure(joint)
-        inside = (structure.inside(r.nodes) for r in _found(kind, find(structure)))
+        inside = (structure.inside(r.nodes) for r in _found(kind, find, structure))
         return {v.node for v in joint.values()}.difference(*inside)
 
     return decide
@@ -212,12 +213,15 @@ def _drawn(joint: Joint) -> set[Node]:
 
 def _norm(joint: Joint) -> set[Node]:
     structure = Structure(joint)
-    regions = _found("norm", norms(structure))
+    regions = _found("norm", norms, structure)
     return {v.node for v in joint.values()} - all_of(structure, regions)
 
 
-def _found(kind: str, regions: list[Region]) -> list[Region]:
-    if regions:
+def _found(
+    kind: str, find: Callable[[Structure], list[Region]], structure: Structure
+) -> list[Region]:
+    regions = find(structure)
+    if regions or structure.joint.position.is_part:
         return regions
     if kind == "block":
         raise PolicyError(

@@ -346,8 +346,7 @@ class Recorder(TorchDispatchMode):
             "val": val,
             "phase": self.phase,
             "path": place.path,
-            "call": place.call,
-            "types": place.types,
+            "calls": place.calls,
             "source": place.source,
         }
         return node

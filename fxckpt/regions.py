@@ -24,8 +24,8 @@ import torch
 from torch.fx import Node
 
 from fxckpt import ops
-from fxckpt.calls import Call, Chain, call_chains
 from fxckpt.joint import Joint, is_value, root
+from fxckpt.places import Call, Chain
 
 SOFTMAX = frozenset({"_softmax", "_safe_softmax", "_masked_softmax", "softmax"})
 NONLINEAR = frozenset(
@@ -68,7 +68,7 @@ class Structure:
 
     def __init__(self, joint: Joint) -> None:
         self.joint = joint
-        self.chains: dict[Node, Chain] = call_chains(joint)
+        self.chains: dict[Node, Chain] = {n: n.meta["calls"] for n in joint.forward_nodes()}
         self.scopes: dict[Call, dict[Node, None]] = {}  # ordered sets
         for node, chain in self.chains.items():
             for call in chain:

@@ -14,15 +14,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Collection, Hashable, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
 from torch.fx import Node
 
-from fxckpt.calls import Call
 from fxckpt.joint import Joint, is_value, producer, root, storage_bytes
+from fxckpt.places import Call, kind
 from fxckpt.regions import Region, Structure, argument_behind
 
 
@@ -58,7 +57,7 @@ def blocks(structure: Structure) -> list[Region]:
     calls inside one that was taken up before stay out.
     """
     costs = _Costs(structure)
-    groups = [g for g in _repeated(structure) if costs.estimate(g) < costs.estimate([])]
+    groups = [g for g in _groups(structure) if costs.estimate(g) < costs.estimate([])]
     chosen: list[Call] = []
     while True:
         options = [_joined(structure, chosen, group) for group in groups]
@@ -73,24 +72,18 @@ def _joined(structure: Structure, chosen: list[Call], group: list[Call]) -> list
     return structure.outermost({*chosen, *group}.__contains__)
 
 
-def _repeated(structure: Structure) -> list[list[Call]]:
-    """The calls of each class that is called several times; none lies in another of its class."""
-    groups = {_group(call) for call in structure.scopes} - {None}
-    calls = [
-        structure.outermost(lambda call, group=group: _group(call) == group)  # type: ignore[misc]
-        for group in sorted(groups, key=str)
+def _groups(structure: Structure) -> list[list[Call]]:
+    """The calls of each kind that is called several times; none lies in another of its kind.
+
+    Of a part of which the model has several, that may be the part itself.
+    """
+    kinds = {call: kind(call.path, call.cls) for call in structure.scopes}
+    groups = [
+        structure.outermost(lambda call, wanted=wanted: kinds[call] == wanted)  # type: ignore[misc]
+        for wanted in sorted(set(kinds.values()) - {None}, key=str)
     ]
-    return [c for c in calls if len(c) > 1 and any(map(structure.has_product, c))]
-
-
-def _group(call: Call) -> Hashable:
-    """What equal blocks have in common: the class; for an `nn.Sequential`, the list it is in."""
-    parent, _, last = call.path.rpartition(".")
-    if not call.path:
-        return None
-    if call.cls is not nn.Sequential:
-        return call.cls
-    return (parent, nn.Sequential) if last.isdigit() else None
+    copies = structure.joint.position.copies
+    return [g for g in groups if len(g) * copies > 1 and any(map(structure.has_product, g))]
 
 
 class _Costs:
@@ -104,14 +97,15 @@ class _Costs:
         self._known: dict[Call, tuple[set[Node], set[Node], int]] = {}
 
     def estimate(self, calls: Collection[Call]) -> int:
-        """Bytes kept and bytes inside the largest call."""
+        """Bytes kept (of all copies, if this is a part) and bytes inside the largest call."""
         inside, inputs, largest = set(), set(), 0
         for call in calls:
             own, read, size = self._of(call)
             inside |= own
             inputs |= read
             largest = max(largest, size)
-        return _bytes((self.read | inputs) - inside) + largest
+        copies = self.structure.joint.position.copies
+        return _bytes((self.read | inputs) - inside) * copies + largest
 
     def _of(self, call: Call) -> tuple[set[Node], set[Node], int]:
         """What is inside a call, what it reads from outside, and its bytes for backward."""

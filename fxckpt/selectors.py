@@ -22,9 +22,9 @@ from torch import nn
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx import Node
 
-from fxckpt.calls import Call
 from fxckpt.errors import PolicyError
 from fxckpt.joint import Value
+from fxckpt.places import Call
 from fxckpt.regions import Region, Structure
 
 Selector = str | type | OpOverload | OpOverloadPacket | Callable[[Value], bool] | Iterable[Any]
@@ -74,7 +74,8 @@ class Selection:
             nodes = [v.node for v in self._values if _asked(selector, v, self._option)]
         self.calls |= {call for call in calls if self._has_value(call)}
         self.nodes |= set(nodes)
-        if not nodes and not any(map(self._has_value, calls)):
+        is_part = self._structure.joint.position.is_part
+        if not nodes and not any(map(self._has_value, calls)) and not is_part:
             raise PolicyError(self._nothing_matches(selector))
 
     def _has_value(self, call: Call) -> bool:

@@ -368,6 +368,5 @@ def _nodes_in(tree: Any) -> list[Node]:
 
 
 def _region(what: str, node: Node) -> str:
-    path = node.meta["path"] or "(root)"
-    call = f" (call {node.meta['call'] + 1})" if node.meta["call"] else ""
-    return f"{what} {path}{call}".strip()
+    calls = node.meta["calls"]
+    return f"{what} {calls[-1].name if calls else '(root)'}".strip()

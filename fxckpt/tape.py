@@ -260,6 +260,7 @@ def _extract(tape: Tape, cotangents: list[Node], grads: dict[str, tuple[Node, ..
         [copies[n] for n in outputs],
         {name: copies[n] for name, n in writes.items()},
         {name: tuple(copies[n] for n in each) for name, each in grads.items()},
+        tape.places.position,
     )
 
 

@@ -417,9 +417,9 @@ def test_every_node_knows_its_module_and_line(name: str) -> None:
     case.loss(model(**case.batch(0))).backward()
     joint, paths = joint_of(model), {n for n, _ in case.model.named_modules()}
     for node in [*joint.forward_nodes(), *joint.backward_nodes()]:
-        path, classes = node.meta["path"], node.meta["types"]
+        path, calls = node.meta["path"], node.meta["calls"]
         # A module made inside of forward, such as a loss, goes by its class.
-        assert path in paths or path.endswith(classes[-1].__name__), node
+        assert path in paths or path.endswith(calls[-1].cls.__name__), node
         file, _, line = node.meta["source"].rpartition(":")
         assert file.endswith(".py"), (node, node.meta["source"])
         assert line.isdigit()
@@ -455,7 +455,7 @@ def test_source_line_is_the_users() -> None:
     (node,) = (n for n in joint_of(model).forward_nodes() if "masked_fill" in str(n.target))
     assert node.meta["source"].startswith("helpers.py:")
     assert node.meta["path"] == "attn"
-    assert [t.__name__ for t in node.meta["types"]] == ["Block", "Attention"]
+    assert [c.cls.__name__ for c in node.meta["calls"]] == ["Block", "Attention"]
 
 
 # --- no trace -------------------------------------------------------------------------------------

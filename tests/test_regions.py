@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from bench import models
 from fxckpt.attention import attentions
-from fxckpt.calls import call_chains
 from fxckpt.capture import capture
 from fxckpt.feedforward import mlps
 from fxckpt.joint import Joint, is_value
@@ -676,7 +675,7 @@ def test_results_are_what_others_read() -> None:
 def test_chains_of_calls_of_shared_modules() -> None:
     inner = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh())
     twice = nn.Sequential(inner, inner, Stack(nn.Sequential(nn.Tanh()), inner, times=2))
-    chains = call_chains(joint_of(twice, inputs()))
+    chains = Structure(joint_of(twice, inputs())).chains
     tanhs = [[c.name for c in chain] for n, chain in chains.items() if n.name.startswith("tanh")]
     assert tanhs == [
         ["(root)", "0", "0.1"],
@@ -697,7 +696,7 @@ def test_chains_through_lists_that_are_not_called() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.seq(x)
 
-    chains = call_chains(joint_of(Wrapped(), inputs()))
+    chains = Structure(joint_of(Wrapped(), inputs())).chains
     (chain,) = (chain for node, chain in chains.items() if node.name == "tanh")
     paths = ["", "seq", "seq.0", "seq.0.layers.0", "seq.0.layers.0.0"]
     assert [call.path for call in chain] == paths
@@ -707,7 +706,7 @@ def test_chains_through_lists_that_are_not_called() -> None:
 def test_chains_in_a_bare_function() -> None:
     model = nn.Sequential(nn.Tanh(), nn.Linear(WIDTH, 3))
     joint = joint_of(lambda x: model(x).sin(), inputs())
-    ends = [[c.name for c in chain] for n, chain in call_chains(joint).items() if is_value(n)]
+    ends = [[c.name for c in chain] for n, chain in Structure(joint).chains.items() if is_value(n)]
     assert ends == [
         ["(root)", "Sequential", "Sequential.Tanh"],
         ["(root)", "Sequential", "Sequential.Linear"],
