@@ -58,14 +58,16 @@ def capture(
         CaptureError: if a graph cannot reproduce the call exactly. The program, its random number
             generators and the module are left as they were.
     """
-    session = _Session(module, position, args, dict(kwargs or {}))
-    _capturing.active = True
-    try:
-        return session.run(fn)
-    finally:
-        _capturing.active = False
+    with _one_at_a_time:
+        session = _Session(module, position, args, dict(kwargs or {}))
+        _capturing.active = True
+        try:
+            return session.run(fn)
+        finally:
+            _capturing.active = False
 
 
+_one_at_a_time = threading.RLock()  # what hides a capture is in part global
 _capturing = threading.local()
 
 
@@ -135,6 +137,7 @@ class _Session:
             stack.enter_context(reported("forward"))
             stack.enter_context(invisible.unchanged_random_states())
             stack.enter_context(invisible.fresh_autocast_cache())
+            stack.enter_context(invisible.no_saved_tensor_hooks())
             stack.enter_context(torch.autograd.set_detect_anomaly(False))
             if not isinstance(next(iter(self.inputs), None), FakeTensor):
                 stack.enter_context(invisible.no_fake_tensors_seen())
@@ -152,6 +155,7 @@ class _Session:
     def _add_primal(self, tensor: torch.Tensor, name: str, kind: str, source: Any) -> Primal:
         fake = _fake_like(tensor, self.fake_mode)
         node = self.recorder.add_placeholder(fake, name)
+        node.meta["kind"] = kind
         primal = Primal(name, kind, fake, node, source, [fake])
         self.primals[id(tensor)] = primal
         readable = not tensor.dtype.is_floating_point and not tensor.dtype.is_complex

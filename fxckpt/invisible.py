@@ -80,6 +80,21 @@ def fresh_autocast_cache() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def no_saved_tensor_hooks() -> Iterator[None]:
+    """The hooks of `torch.autograd.graph.saved_tensors_hooks` around the call see no fake tensor."""
+    autograd = torch._C._autograd
+    hooks = []
+    while (top := autograd._top_saved_tensors_default_hooks(True)) is not None:
+        hooks.append(top)
+        autograd._pop_saved_tensors_default_hooks()
+    try:
+        yield
+    finally:
+        for pack, unpack in reversed(hooks):
+            autograd._push_saved_tensors_default_hooks(pack, unpack)
+
+
+@contextlib.contextmanager
 def outside_of_modes() -> Iterator[None]:
     """Runs real computations in the middle of a capture."""
     with _disable_current_modes():

@@ -25,6 +25,7 @@ Every node carries in `meta`:
     source       the user's source line, "file.py:31"
     alias        the node whose storage it is a view of, if it is a view (views are free)
     tags         names given by `fxckpt.name`
+    kind         what a primal is, see `Primal`
 """
 
 from __future__ import annotations

@@ -1,22 +1,8 @@
-"""Puts captured forwards on an `nn.Module`: `rewrite`, `rewrite_`, `restore_`, `is_rewritten`.
-
-NOTE [How a module is rewritten]
-
-The class of a rewritten module is a subclass of its class, with the same name, whose `forward` runs
-the `Unit` in the module's `__dict__`. That is the one way which keeps `isinstance`, attributes,
-`inspect.signature(model.forward)`, `super().forward`, `copy`, `pickle` and the wrappers of training
-libraries working. Copies and pickles are made of the module without its unit: a copy gets a unit of
-its own, a pickle loads as the original class.
-"""
+"""Rewrites an `nn.Module`: `rewrite`, `rewrite_`, `restore_`, `is_rewritten`, `graphs`."""
 
 from __future__ import annotations
 
-import copy
-import copyreg
-import inspect
-import types
-import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -24,11 +10,12 @@ from torch import nn
 from torch.fx import GraphModule
 
 from fxckpt import policies
+from fxckpt.captures import Options
 from fxckpt.errors import FxckptError
-from fxckpt.unit import Options, Unit
+from fxckpt.installation import install, installed, plain, runner_of, uninstall
+from fxckpt.unit import Unit
 
 M = TypeVar("M", bound=nn.Module)
-_UNIT = "_fxckpt_unit"
 
 
 def rewrite(
@@ -78,10 +65,8 @@ def rewrite(
         torch.Size([4, 4])
     """
     _require_module("rewrite", model)
-    new: M = object.__new__(_original_class(model))
-    new.__dict__.update(_original_dict(model))
     return rewrite_(
-        new,
+        plain(model),
         policy,
         save=save,
         recompute=recompute,
@@ -109,11 +94,11 @@ def rewrite_(
     decide = policies.resolve(policy, save=save, recompute=recompute)
     if is_rewritten(model):
         restore_(model)
-    _install(model, Options(decide, cache_size, strict))
+    install(model, Unit(model, Options(decide, cache_size, strict)))
     if example_inputs is not None:
         try:
             args, kwargs = _example(example_inputs)
-            _unit(model).prepare(model, args, kwargs)
+            runner_of(model).prepare(model, args, kwargs)
         except FxckptError:
             restore_(model)
             raise
@@ -127,16 +112,13 @@ def restore_(model: M) -> M:
         FxckptError: if the module is not rewritten.
     """
     _require_rewritten("restore_", model)
-    original, attributes = _original_class(model), _original_dict(model)
-    model.__class__ = original
-    model.__dict__.clear()
-    model.__dict__.update(attributes)
+    uninstall(model)
     return model
 
 
 def is_rewritten(model: nn.Module) -> bool:
     """Whether `model` itself (not a submodule of it) was rewritten."""
-    return isinstance(model, nn.Module) and _UNIT in model.__dict__
+    return isinstance(model, nn.Module) and installed(model) is not None
 
 
 def graphs(model: nn.Module) -> tuple[GraphModule, GraphModule]:
@@ -150,114 +132,13 @@ def graphs(model: nn.Module) -> tuple[GraphModule, GraphModule]:
         FxckptError: if the module is not rewritten, or was not called yet.
     """
     _require_rewritten("graphs", model)
-    latest = _unit(model).latest
+    latest = runner_of(model).latest
     if latest is None:
         raise FxckptError(
             "graphs(model): nothing was captured yet. Call the model once in training mode with "
             "gradients enabled, or pass example_inputs= to rewrite"
         )
     return latest.program.split.forward, latest.program.split.backward
-
-
-def require_captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raises `CaptureError` if a call of a rewritten module would run eagerly."""
-    _unit(model).require(model, args, kwargs)
-
-
-def original_forward(model: nn.Module) -> Callable[..., Any]:
-    """The forward that a module has, or had before it was rewritten."""
-    if not is_rewritten(model):
-        return model.forward
-    return types.MethodType(_unit(model).original, model)
-
-
-# -- installation
-
-
-def _unit(model: nn.Module) -> Unit:
-    """The unit of a rewritten module; one of its own if the module is a copy of another."""
-    unit = model.__dict__[_UNIT].for_module(model)
-    model.__dict__[_UNIT] = unit
-    return unit
-
-
-def _install(model: nn.Module, options: Options) -> None:
-    cls = type(model)
-    on_instance = model.__dict__.pop("forward", None)  # as accelerate does
-    original = cls.forward if on_instance is None else _without_self(on_instance)
-    model.__dict__[_UNIT] = Unit(model, original, options, on_instance)
-    model.__class__ = _subclass(cls)
-
-
-def _without_self(forward: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda _, *args, **kwargs: forward(*args, **kwargs)
-
-
-def _original_class(model: nn.Module) -> type:
-    return type(model).__mro__[1] if is_rewritten(model) else type(model)
-
-
-def _original_dict(model: nn.Module) -> dict[str, Any]:
-    attributes = dict(model.__dict__)
-    unit = attributes.pop(_UNIT, None)
-    if unit is not None and unit.on_instance is not None:
-        attributes["forward"] = unit.on_instance
-    return attributes
-
-
-def _plain(model: M) -> M:
-    """The module without its unit: the original class, same attributes."""
-    plain: M = object.__new__(_original_class(model))
-    plain.__dict__.update(_original_dict(model))
-    return plain
-
-
-_SUBCLASSES: weakref.WeakValueDictionary[type, Any] = weakref.WeakValueDictionary()
-
-
-def _subclass(cls: Any) -> Any:
-    """The class of rewritten modules of class `cls`."""
-    known = _SUBCLASSES.get(cls)
-    if known is not None:
-        return known
-    names = {"__qualname__": cls.__qualname__, "__module__": cls.__module__, "__doc__": cls.__doc__}
-    new: Any = types.new_class(cls.__name__, (cls,), exec_body=lambda ns: ns.update(names))
-
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return _unit(self)(self, args, kwargs)
-
-    forward.__doc__ = cls.forward.__doc__
-    forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
-    # Assigned afterwards: transformers wraps what it finds when the class is created.
-    new.forward = forward
-    new.__reduce_ex__ = _reduce
-    new.__copy__ = _copy
-    new.__deepcopy__ = _deepcopy
-    _SUBCLASSES[cls] = new
-    return new
-
-
-def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-    """Pickles the module as its original class, loadable without fxckpt."""
-    reduced: Any = _plain(self).__reduce_ex__(protocol)
-    func, args, *rest = reduced
-    if func is copyreg.__newobj__:  # type: ignore[attr-defined]
-        # pickle refuses this function for an object of another class than the one it names.
-        func, args = copyreg._reconstructor, (args[0], object, None)  # type: ignore[attr-defined]
-    return func, args, *rest
-
-
-def _copy(self: M) -> M:
-    new = copy.copy(_plain(self))
-    _install(new, self.__dict__[_UNIT].options)
-    return new
-
-
-def _deepcopy(self: M, memo: dict[int, Any]) -> M:
-    new = copy.deepcopy(_plain(self), memo)
-    _install(new, self.__dict__[_UNIT].options)
-    memo[id(self)] = new
-    return new
 
 
 # -- checks

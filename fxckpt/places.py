@@ -152,6 +152,14 @@ def user_source() -> str:
     return ""
 
 
+def stack_level_of_user() -> int:
+    """The `stacklevel` with which the caller's warning points at the user's line."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and not _is_users(frame):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
 def user_source_of(error: BaseException) -> str:
     """`"file.py:31"` of the innermost frame of the user's program that an error went through."""
     trace, found = error.__traceback__, ""

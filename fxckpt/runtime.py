@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -36,7 +37,7 @@ from fxckpt import ops, tree
 from fxckpt.errors import CaptureError, FxckptError
 from fxckpt.joint import Joint
 from fxckpt.modes import AutocastState, autocast_as, autocast_state
-from fxckpt.split import Split, backward_from, read_before_written, split
+from fxckpt.split import Split, backward_from, kept_bytes, read_before_written, split
 from fxckpt.state import substituted
 from fxckpt.tape import BackwardKey, Result, Tape
 
@@ -110,6 +111,13 @@ class Captured:
     def differentiable(self) -> bool:
         """Whether any result can get a gradient; if not, there is nothing to keep."""
         return any(self._differentiable)
+
+    @functools.cached_property
+    def saves_memory(self) -> bool:
+        """Whether less is kept for backward than if all were saved."""
+        joint = self.program.joint
+        everything = {value.node for value in joint.values()}
+        return kept_bytes(joint, self._decide(joint)) < kept_bytes(joint, everything)
 
     @property
     def program(self) -> Program:

@@ -86,6 +86,18 @@ def split(joint: Joint, saved: Collection[Node]) -> Split:
     )
 
 
+def kept_bytes(joint: Joint, saved: Collection[Node]) -> int:
+    """What `split` keeps between forward and backward, parameters and buffers not counted."""
+    emitter = _Backward(joint, frozenset(saved))
+    inputs = [n for n in emitter.primals if n.meta["kind"] == "input"]
+    return sum(storage_bytes(n.meta["val"]) for n in inputs) + sum(
+        ops.rng_state_bytes(ops.node_device(r.node))
+        if isinstance(r, _State)
+        else storage_bytes((r if isinstance(r, Node) else r.node).meta["val"])
+        for r in emitter.residuals
+    )
+
+
 def backward_from(joint: Joint, have: Split) -> tuple[GraphModule, list[int]]:
     """Another backward graph for residuals that a forward already handed on.
 

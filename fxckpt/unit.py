@@ -1,78 +1,56 @@
-"""A unit: one module whose forward was replaced, with its captured graphs by signature."""
+"""A unit: one module whose forward was replaced. It runs what was captured, or else its parts."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import threading
+import contextlib
+import itertools
+import re
 import warnings
 import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from fxckpt import signature, tree
-from fxckpt.capture import capture, is_capturing
+from fxckpt import tree
+from fxckpt.capture import is_capturing
+from fxckpt.captures import Captures, Options
 from fxckpt.errors import CaptureError, FallbackWarning, FxckptError
-from fxckpt.runtime import Captured, Decide
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Options:
-    """How a unit behaves: what `rewrite` was called with."""
-
-    decide: Decide
-    cache_size: int
-    strict: bool
+from fxckpt.installation import original_forward
+from fxckpt.parts import Parts
+from fxckpt.places import ROOT, Position, stack_level_of_user
+from fxckpt.runtime import Captured
 
 
 class Unit:
-    """Captures the calls of one module, and runs what was captured.
+    """Runs the forward of a module that was rewritten.
 
     Args:
         module: The module; only a weak reference is kept.
-        original: Its forward, a function of (module, *args, **kwargs).
         options: What `rewrite` was called with.
-        on_instance: A forward that was an attribute of the instance, kept for `restore_`.
     """
 
-    def __init__(
-        self, module: nn.Module, original: Callable[..., Any], options: Options, on_instance: Any
-    ) -> None:
-        self.original, self.options, self.on_instance = original, options, on_instance
+    def __init__(self, module: nn.Module, options: Options) -> None:
+        self.original, self.options = original_forward(module), options
+        self.captures = Captures(module, self.original, options, ROOT)
         self.latest: Captured | None = None
         self._owner = weakref.ref(module)
-        self._watch = signature.Watch(module)
-        # By signature; None where the graph cannot be captured. Several per signature if Python
-        # read values of the arguments: then their guards decide.
-        self._captured: OrderedDict[Hashable, list[Captured] | None] = OrderedDict()
-        self._lock = threading.RLock()
-        self._warned = False
+        self._parts: Parts | None = None
+        self._generation = 0  # of the structure that the parts belong to
+        self._told: set[tuple[str, str]] = set()  # reasons and lines that were warned of
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs the module's forward: the captured one if gradients may be wanted."""
         if not (module.training and torch.is_grad_enabled()) or _is_traced(module):
             return self.original(module, *args, **kwargs)
         inputs, spec = tree.flatten((args, kwargs), open_objects=True)
-        with self._lock:
-            key = self._signature(module, inputs, spec)
-            failure: CaptureError | None = None
-            try:
-                captured = self._find(module, args, kwargs, key, inputs, spec)
-            except CaptureError as error:
-                if self.options.strict:
-                    raise
-                failure = error
-        if failure is not None:
-            result = self.original(module, *args, **kwargs)  # its own errors come first
-            self._fall_back(module, key, failure)
-            return result
-        if captured is None:
+        found = self.captures.find(module, args, kwargs, inputs, spec)
+        if isinstance(found, CaptureError):
+            return self._run_eagerly(module, args, kwargs, found)
+        if found is None:
             return self.original(module, *args, **kwargs)
-        return captured(inputs)
+        self.latest = found
+        return found(inputs)
 
     def prepare(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Captures the call without running it."""
@@ -82,108 +60,119 @@ class Unit:
                 "original forward runs. Call model.train() first"
             )
         inputs, spec = tree.flatten((args, kwargs), open_objects=True)
-        with torch.enable_grad(), self._lock:
-            key = self._signature(module, inputs, spec)
-            try:
-                self._find(module, args, kwargs, key, inputs, spec)
-            except CaptureError as error:
-                if self.options.strict:
-                    raise
-                self._fall_back(module, key, error)
+        with torch.enable_grad():
+            found = self.captures.find(module, args, kwargs, inputs, spec)
+        if isinstance(found, Captured):
+            self.latest = found
 
     def require(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Raises the `CaptureError` for which a call would run eagerly, if there is one."""
+        """Raises the `CaptureError` for which a call runs eagerly, no part of it captured."""
         inputs, spec = tree.flatten((args, kwargs), open_objects=True)
-        with torch.enable_grad(), self._lock:
-            key = self._signature(module, inputs, spec)
-            if self._known(key) is None:
-                del self._captured[key]
-            self._find(module, args, kwargs, key, inputs, spec)
+        with torch.enable_grad():
+            found = self.captures.find(module, args, kwargs, inputs, spec)
+        if isinstance(found, CaptureError) and not self._saving_parts():
+            raise found
 
     def for_module(self, module: nn.Module) -> Unit:
         """This unit, or a new one with the same options if `module` is a copy of its owner."""
-        if self._owner() is module:
-            return self
-        return Unit(module, self.original, self.options, self.on_instance)
+        return self if self._owner() is module else Unit(module, self.options)
 
-    def _find(
-        self,
-        module: nn.Module,
-        args: Any,
-        kwargs: Any,
-        key: Hashable,
-        inputs: Sequence[torch.Tensor],
-        spec: tree.Spec,
-    ) -> Captured | None:
-        """What was captured for this call, captured now if it is the first of its kind.
+    for_copy = for_module
 
-        Returns:
-            None if this call runs eagerly.
+    def __deepcopy__(self, _: Any) -> Unit:
+        return self  # until `for_module` sees that its module is a copy
 
-        Raises:
-            CaptureError: if the call cannot be captured.
-        """
-        known = self._known(key)
-        if known is None:
-            return None
-        captured = next((c for c in known if c.guards_hold(inputs)), None)
-        if captured is None:
-            if len(known) >= self.options.cache_size:
-                raise CaptureError(
-                    f"forward reads a value that differed {len(known)} times",
-                    hint="Keep decisions that change at each call outside of the model.",
-                )
-            captured = self._capture(module, args, kwargs, spec)
-            known.append(captured)
-        if not captured.differentiable:
-            return None
-        self.latest = captured
-        return captured
+    # -- parts
 
-    def _signature(
-        self, module: nn.Module, inputs: Sequence[torch.Tensor], spec: tree.Spec
-    ) -> Hashable:
-        return self._state(module), signature.of_modes(), signature.of_arguments(spec, inputs)
+    def _run_eagerly(self, module: nn.Module, args: Any, kwargs: Any, failure: CaptureError) -> Any:
+        """Runs the original forward, with the parts of the module captured where possible."""
+        first = not self._told
+        self.is_new(failure)
+        with self.parts_in_place(module):
+            result = self.original(module, *args, **kwargs)  # its own errors come first
+        if first:
+            _warn(f"{type(module).__name__} {_how_it_runs(self._saving_parts())}", failure)
+        return result
 
-    def _known(self, key: Hashable) -> list[Captured] | None:
-        """What was captured for a signature, which is the latest used from now on."""
-        known = self._captured.setdefault(key, [])
-        self._captured.move_to_end(key)
-        while len(self._captured) > self.options.cache_size:
-            self._captured.popitem(last=False)
-        return known
+    def _saving_parts(self) -> list[str]:
+        runners = self._parts.runners() if self._parts is not None else []
+        return [path for path, part in runners if part.latest is not None]
 
-    def _state(self, module: nn.Module) -> int | None:
-        state = self._watch.state()
-        if state is None:
-            self._captured.clear()
-            self._watch = signature.Watch(module)
-            state = self._watch.state()
-        return state
+    @contextlib.contextmanager
+    def parts_in_place(self, module: nn.Module) -> Any:
+        """While active, the parts run what was captured of them."""
+        if self._parts is None or self._generation != self.captures.generation:
+            self._parts = Parts(module, lambda m, p: Part(m, p, self))
+            self._generation = self.captures.generation
+        with self._parts.in_place():
+            yield
 
-    def _capture(self, module: nn.Module, args: Any, kwargs: Any, spec: tree.Spec) -> Captured:
-        forward = functools.partial(self.original, module)
-        tape = capture(forward, args, kwargs, module=module)
-        watch = self._watch
-        return Captured(
-            tape,
-            self.options.decide,
-            forward,
-            spec,
-            module,
-            watch.state,
-        )
+    def parts_run(self) -> bool:
+        """See `Parts.active`."""
+        return self._parts is not None and self._parts.active()
 
-    def _fall_back(self, module: nn.Module, key: Hashable, error: CaptureError) -> None:
-        """Calls of this kind run eagerly from now on; says so once."""
-        self._captured[key] = None
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"{type(module).__name__} runs eagerly, without saving memory: {error}",
-                FallbackWarning,
-                stacklevel=6,
-            )
+    def is_new(self, failure: CaptureError) -> bool:
+        """Whether nothing failed for this reason at this line before."""
+        cause = failure.reason, failure.source
+        known = cause in self._told
+        self._told.add(cause)
+        return not known
+
+
+class Part:
+    """Runs the forward of a part of a module that cannot be captured as a whole.
+
+    Args:
+        module: The part; only a weak reference is kept.
+        position: Where it stands in the whole.
+        whole: The unit of the whole; likewise.
+    """
+
+    def __init__(self, module: nn.Module, position: Position, whole: Unit) -> None:
+        self.original, self._position = original_forward(module), position
+        self._captures = Captures(module, self.original, whole.options, position)
+        self.latest: Captured | None = None  # set if it saves memory
+        self._owner, self._whole = weakref.ref(module), weakref.ref(whole)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs the forward: the captured one if that saves memory."""
+        whole = self._whole()
+        if whole is None or not (whole.parts_run() and torch.is_grad_enabled()):
+            return self.original(module, *args, **kwargs)
+        if self._owner() is not module or _is_traced(module):
+            return self.original(module, *args, **kwargs)
+        inputs, spec = tree.flatten((args, kwargs), open_objects=True)
+        found = self._captures.find(module, args, kwargs, inputs, spec)
+        if isinstance(found, Captured) and found.saves_memory:
+            self.latest = found
+            return found(inputs)
+        failure = found if isinstance(found, CaptureError) and whole.is_new(found) else None
+        result = self.original(module, *args, **kwargs)
+        if failure is not None:
+            _warn(f"{type(module).__name__} runs eagerly", failure)
+        return result
+
+    def for_module(self, _: nn.Module) -> Part:
+        """This part, which runs the original forward of other modules."""
+        return self
+
+    def for_copy(self, _: nn.Module) -> None:
+        """None: parts are rewritten only while the whole runs."""
+
+    def __deepcopy__(self, _: Any) -> Part:
+        return self
+
+
+def _how_it_runs(saving: list[str]) -> str:
+    if not saving:
+        return "runs eagerly, without saving memory"
+    names = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", path) for path in saving))
+    shown = ", ".join(itertools.islice(names, 4)) + (", ..." if len(names) > 4 else "")
+    return f"runs eagerly, but for {len(saving)} of its parts ({shown})"
+
+
+def _warn(start: str, failure: CaptureError) -> None:
+    warnings.warn(f"{start}: {failure}", FallbackWarning, stacklevel=stack_level_of_user())
 
 
 def _is_traced(module: nn.Module) -> bool:
@@ -193,5 +182,8 @@ def _is_traced(module: nn.Module) -> bool:
         or torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.fx._symbolic_trace._is_fx_tracing_flag
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch.nn.utils.parametrize._cache_enabled > 0
         or getattr(module, "_is_replica", False)
     )

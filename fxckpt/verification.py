@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import nn
 
 from fxckpt import ops, tree
 from fxckpt.errors import FxckptError, MismatchError
-from fxckpt.module import is_rewritten, original_forward, require_captured, rewrite
+from fxckpt.installation import original_forward, runner_of
+from fxckpt.module import is_rewritten, rewrite
 
 
 def verify(model: nn.Module, *args: Any, policy: Any = None, **kwargs: Any) -> None:
@@ -30,7 +32,7 @@ def verify(model: nn.Module, *args: Any, policy: Any = None, **kwargs: Any) -> N
 
     Raises:
         MismatchError: naming the first value that differs, and by how much.
-        CaptureError: if the module cannot be captured, so that it runs eagerly.
+        CaptureError: if all of the module runs eagerly, as no part of it can be captured.
         FxckptError: if there is nothing to compare.
 
     Example:
@@ -44,13 +46,14 @@ def verify(model: nn.Module, *args: Any, policy: Any = None, **kwargs: Any) -> N
                 "verify(model, ...): expected a rewritten module, or policy= to rewrite it with; "
                 f"got {type(model).__name__}, which is not rewritten, and no policy"
             )
-        model = rewrite(model, policy, strict=True)
+        model = rewrite(model, policy)
     if not model.training:
         raise FxckptError("verify(model, ...): the model is in evaluation mode; call model.train()")
-    eager = _observe(model, original_forward(model), args, kwargs)
-    again = _observe(model, original_forward(model), args, kwargs)
-    require_captured(model, args, kwargs)
+    original = functools.partial(original_forward(model), model)
+    eager = _observe(model, original, args, kwargs)
+    again = _observe(model, original, args, kwargs)
     ours = _observe(model, model.forward, args, kwargs)
+    runner_of(model).require(model, args, kwargs)
     for (name, expected), (_, repeated), (_, got) in zip(eager, again, ours, strict=True):
         _compare(name, expected, repeated, got)
 

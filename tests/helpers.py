@@ -243,8 +243,8 @@ def build_step(case: Any) -> Callable[[nn.Module, int], Any]:
 
 def captures(model: nn.Module) -> list[Any]:
     """Everything that was captured for a rewritten module."""
-    kept = model.__dict__["_fxckpt_unit"]._captured.values()
-    return [captured for several in kept if several for captured in several]
+    kept = model.__dict__["_fxckpt_unit"].captures._known.values()
+    return [captured for several in kept if isinstance(several, list) for captured in several]
 
 
 def joint_of(model: nn.Module) -> Joint:

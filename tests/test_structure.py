@@ -21,6 +21,7 @@ import fxckpt
 # here.
 LAYERS = (
     "errors",
+    "installation",
     "ops",
     "shapes",
     "tree",
@@ -48,6 +49,8 @@ LAYERS = (
     "split",
     "runtime",
     "signature",
+    "captures",
+    "parts",
     "unit",
     "module",
     "verification",
