@@ -10,14 +10,16 @@ eager takes. So the callable runs once, on fake tensors (no memory, no random nu
 - the real autograd engine runs on the fakes, so backward is what eager would run;
 - no tracing flag is set: `torch.compiler.is_compiling()` is false, and libraries that look for fake
   tensors are told that there are none;
-- values that Python reads are computed if they follow from integer or boolean arguments and from
-  constants; they become guards. Other reads are refused.
+- values that Python reads are computed if they follow from arguments, buffers and constants in a
+  few operations; they become guards (see `values`). Other reads are refused.
+- fakes that the program leaves in places of its own are found and removed (see `escapes`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -27,14 +29,18 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Node
 
-from fxckpt import invisible, tree
+from fxckpt import invisible, ops, tree
 from fxckpt.errors import CaptureError
-from fxckpt.joint import Primal
+from fxckpt.escapes import Escapes, Kept
+from fxckpt.holders import Surroundings
+from fxckpt.joint import Primal, reachable
+from fxckpt.locks import LOCK
 from fxckpt.places import ROOT, Places, Position
+from fxckpt.reads import Reads, attributes_read
 from fxckpt.recorder import Recorder
 from fxckpt.state import Assignment, Held, held_tensors, substituted
 from fxckpt.tape import Result, Tape, reported
-from fxckpt.values import Guard, make_guard, summary
+from fxckpt.values import Guard, evaluate, evaluated, is_readable, make_guard, summary
 
 
 def capture(
@@ -44,6 +50,7 @@ def capture(
     *,
     module: nn.Module | None = None,
     position: Position = ROOT,
+    reads: Reads | None = None,
 ) -> Tape:
     """Records what `fn(*args, **kwargs)` does to tensors, without doing it.
 
@@ -53,21 +60,65 @@ def capture(
         kwargs: Keyword arguments, likewise.
         module: The module whose parameters and buffers `fn` reads.
         position: Where it stands in the model that was rewritten.
+        reads: Gets the attributes of modules that `fn` reads.
 
     Raises:
         CaptureError: if a graph cannot reproduce the call exactly. The program, its random number
             generators and the module are left as they were.
     """
-    with _one_at_a_time:
-        session = _Session(module, position, args, dict(kwargs or {}))
+    with LOCK:
+        before = Surroundings(module, fn)
+        reads = set() if reads is None else reads
+
+        def session(left: Mapping[int, torch.Tensor]) -> _Session:
+            return _Session(module, position, args, dict(kwargs or {}), reads, left)
+
         _capturing.active = True
         try:
-            return session.run(fn)
+            return _without_escapes(fn, session, before)
         finally:
             _capturing.active = False
 
 
-_one_at_a_time = threading.RLock()  # what hides a capture is in part global
+def _without_escapes(
+    fn: Callable[..., Any],
+    session: Callable[[Mapping[int, torch.Tensor]], _Session],
+    before: Surroundings,
+) -> Tape:
+    """The tape of a capture after which nothing of it is left; see `escapes`."""
+    first = session({})
+    escapes = first.escapes(fn, before)
+    with escapes.removed_on_failure():
+        tape = first.run(fn)
+        kept = [] if first.own else escapes.find()
+        if not kept:
+            return first.finished(tape)
+        values = first.values_of(kept)
+        second = session(values)
+        escapes_again = second.escapes(fn, before)
+        with escapes_again.removed_on_failure():
+            tape = second.run(fn)
+            kept_again = escapes_again.find()
+            second.require_same(kept, kept_again)
+            values_again = second.values_of(kept_again)
+            _fill(escapes, kept, values)
+            _fill(escapes_again, kept_again, values_again)
+    return second.finished(tape)
+
+
+def _fill(escapes: Escapes, kept: list[Kept], values: Mapping[int, torch.Tensor]) -> None:
+    fakes = [*{id(k.tensor): k.tensor for k in kept}.values()]
+    if fakes and not escapes.fill(values, fakes):
+        raise CaptureError("forward keeps a tensor in an object that cannot be changed")
+
+
+def _new_mode() -> FakeTensorMode:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    _modes.add(mode)
+    return mode
+
+
+_modes: weakref.WeakSet[FakeTensorMode] = weakref.WeakSet()  # of captures
 _capturing = threading.local()
 
 
@@ -80,21 +131,30 @@ class _Session:
     """The capture of one call: the primals, the recorder, and what is learned on the way."""
 
     def __init__(
-        self, module: nn.Module | None, position: Position, args: Any, kwargs: dict[str, Any]
+        self,
+        module: nn.Module | None,
+        position: Position,
+        args: Any,
+        kwargs: dict[str, Any],
+        reads: Reads,
+        left: Mapping[int, torch.Tensor],
     ) -> None:
-        self.module = module
+        self.module, self.reads, self.left = module, reads, left
         self.inputs, self.input_spec = tree.flatten((args, kwargs), open_objects=True)
         self.held = _held(module) if module is not None else {}
         everything = [*self.inputs, *(h.tensor for h in self.held.values())]
         for tensor in everything:
             _refuse_exotic(tensor)
-        own = next((t.fake_mode for t in everything if isinstance(t, FakeTensor)), None)
-        self.fake_mode = own or FakeTensorMode(allow_non_fake_inputs=True)
+        self.own = next((t.fake_mode for t in everything if isinstance(t, FakeTensor)), None)
+        if self.own in _modes:
+            raise CaptureError("forward reads a tensor that was left by another capture")
+        self.fake_mode = self.own or _new_mode()
         self.places = Places(module, position)
         self.recorder = Recorder(self.fake_mode, self._adopt, self.places, self._read)
         self.primals: dict[int, Primal] = {}  # by id of the real tensor
         self.real: dict[Node, torch.Tensor] = {}  # placeholders whose values Python may read
         self.guards: list[Guard] = []
+        self.outputs: list[torch.Tensor] = []
 
     def run(self, fn: Callable[..., Any]) -> Tape:
         for held in self.held.values():
@@ -113,17 +173,81 @@ class _Session:
         )
         if not same:
             raise CaptureError("forward changes an object that was passed as an argument")
-        tape = self._tape(result, assignments)
-        self._forget_inputs()
-        return tape
+        return self._tape(result, assignments)
 
-    def _forget_inputs(self) -> None:
+    def finished(self, tape: Tape) -> Tape:
         """Lets go of the arguments of the call: the tape lives on, and needs their fakes alone."""
         for tensor in self.inputs:
             primal = self.primals.get(id(tensor))
             if primal is not None and primal.kind == "input":
                 del self.primals[id(tensor)]
         self.inputs, self.held, self.real = [], {}, {}
+        return tape
+
+    # -- what the program keeps elsewhere, see `escapes`
+
+    def escapes(self, fn: Callable[..., Any], before: Surroundings) -> Escapes:
+        """Looks for tensors of this capture."""
+
+        def structures() -> list[Any]:
+            primals = self.primals.values()
+            ours = [*primals, *(p.leaves for p in primals), self.outputs]
+            return [*self.recorder.structures(), *ours]
+
+        return Escapes(self.recorder.tensors, structures, fn, before)
+
+    def values_of(self, kept: list[Kept]) -> dict[int, torch.Tensor]:
+        """The real tensors that eager would keep, by `id` of the fakes.
+
+        Raises:
+            CaptureError: if one of them is another at the next call, or has a gradient.
+        """
+        fakes = {id(p.fake): p for p in self.primals.values()}
+        values: dict[int, torch.Tensor] = {}
+        wanted: dict[int, Node] = {}
+        for tensor in (k.tensor for k in kept):
+            primal = fakes.get(id(tensor))
+            if primal is not None and primal.kind != "input":
+                values[id(tensor)] = self._real_of(primal)
+                continue
+            node = self.recorder.node_for(tensor)
+            if primal is not None or tensor.requires_grad or not self._is_settled(node):
+                raise CaptureError(
+                    "forward keeps a tensor outside of its modules",
+                    path=node.meta.get("path", ""),
+                    source=node.meta.get("source", ""),
+                    hint="Keep it in an attribute or a buffer of a module, or return it.",
+                )
+            wanted[id(tensor)] = node
+        real = {p.node: self._real_of(p) for p in self.primals.values()}
+        return values | evaluated(self.recorder.graph, wanted, real)
+
+    def _is_settled(self, node: Node) -> bool:
+        """Whether a value follows from what does not change, or if it changes, is kept for good."""
+        kinds = {"literal"} if self.left else {"literal", "constant", "buffer", "attribute"}
+        by_node = {p.node: p for p in self.primals.values()}
+        for each in reachable([node]):
+            if each.op != "placeholder":
+                if ops.node_is_random(each):
+                    return False
+                continue
+            primal = by_node[each]
+            written = self.recorder.storage_of(primal.fake).version
+            if primal.kind not in kinds or written or primal.requires_grad:
+                return False
+        return True
+
+    def require_same(self, kept: list[Kept], kept_again: list[Kept]) -> None:
+        """Raises if the program treats what it finds there as something that changes."""
+        places = {place for k in kept for place in k.places}
+        made = {id(t) for t in self.left.values()}
+        changed = [
+            p
+            for key, p in self.primals.items()
+            if key in made and p.kind == "constant" and self.recorder.storage_of(p.fake).version
+        ]
+        if changed or any(k.places - places for k in kept_again):
+            raise CaptureError("forward changes what it keeps outside of its modules")
 
     @contextlib.contextmanager
     def _in_disguise(self) -> Iterator[list[Assignment]]:
@@ -138,6 +262,8 @@ class _Session:
             stack.enter_context(invisible.unchanged_random_states())
             stack.enter_context(invisible.fresh_autocast_cache())
             stack.enter_context(invisible.no_saved_tensor_hooks())
+            stack.enter_context(invisible.side_effects_refused())
+            stack.enter_context(invisible.literals_read())
             stack.enter_context(torch.autograd.set_detect_anomaly(False))
             if not isinstance(next(iter(self.inputs), None), FakeTensor):
                 stack.enter_context(invisible.no_fake_tensors_seen())
@@ -148,23 +274,26 @@ class _Session:
             stack.enter_context(self.places.followed())
             stack.enter_context(self.fake_mode)
             stack.enter_context(self.recorder)
+            stack.enter_context(attributes_read(self.reads))
             yield assignments
 
     # -- primals
 
     def _add_primal(self, tensor: torch.Tensor, name: str, kind: str, source: Any) -> Primal:
+        if isinstance(tensor, FakeTensor) and tensor.fake_mode is not self.own:
+            raise CaptureError("forward reads a tensor that was left by another capture")
         fake = _fake_like(tensor, self.fake_mode)
         node = self.recorder.add_placeholder(fake, name)
         node.meta["kind"] = kind
         primal = Primal(name, kind, fake, node, source, [fake])
         self.primals[id(tensor)] = primal
-        readable = not tensor.dtype.is_floating_point and not tensor.dtype.is_complex
-        if (readable or kind == "literal") and not isinstance(tensor, FakeTensor):
+        if is_readable(primal, tensor) and not isinstance(tensor, FakeTensor):
             self.real[node] = tensor
         return primal
 
     def _adopt(self, tensor: torch.Tensor, *, literal: bool = False) -> tuple[Node, torch.Tensor]:
         """The stand-in of a real tensor that the program got hold of by itself."""
+        tensor = self.left.get(id(tensor), tensor)
         primal = self.primals.get(id(tensor))
         if primal is None:
             _refuse_exotic(tensor)
@@ -184,8 +313,7 @@ class _Session:
             raise CaptureError(f"backward reads a value ({func})")
         nodes = recorder.nodes(args), recorder.nodes(kwargs)
         primals, compute = make_guard(recorder.graph, func, *nodes, self.real)
-        with invisible.outside_of_modes(), torch.no_grad():
-            value = compute(*(self.real[p] for p in primals))
+        value = evaluate(compute, (self.real[p] for p in primals))
         by_node = {p.node: p for p in self.primals.values()}
         if any(by_node[n].kind != "literal" for n in primals):
             names = tuple(by_node[n].name for n in primals)
@@ -202,7 +330,7 @@ class _Session:
         recorder = self.recorder
         tensors, spec = tree.flatten((result, [a.value for a in assignments]))
         fakes = {id(p.fake): p for p in self.primals.values()}
-        outputs: list[torch.Tensor] = []
+        outputs = self.outputs
         results: dict[int, Result] = {}  # by id of the tensor: the same tensor, the same result
         for tensor in tensors:
             if id(tensor) in results:
@@ -263,10 +391,11 @@ def _base_and_views(recorder: Recorder, tensor: torch.Tensor) -> tuple[torch.Ten
         if base.requires_grad and not base._is_view():
             break
         assert recipe.args[0] is recipe.parent, "views take their base first"
-        steps.insert(0, (recipe.func, recipe.args[1:], recipe.kwargs, recipe.index))
+        grad = base.grad_fn is not None or not base.requires_grad
+        steps.insert(0, (recipe.func, recipe.args[1:], recipe.kwargs, recipe.index, grad))
         base = recipe.parent
     if base.requires_grad and not tensor.requires_grad:
-        steps.insert(0, (torch.ops.aten.detach.default, (), {}, None))
+        steps.insert(0, (torch.ops.aten.detach.default, (), {}, None, True))
     return base, tuple(steps)
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+import weakref
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -14,8 +14,17 @@ from torch import nn
 from fxckpt import signature, tree
 from fxckpt.capture import capture
 from fxckpt.errors import CaptureError
+from fxckpt.first_run import Misfit
+from fxckpt.installation import original_forward
+from fxckpt.locks import LOCK
 from fxckpt.places import Position
+from fxckpt.reads import Reads
 from fxckpt.runtime import Captured, Decide
+from fxckpt.tape import Tape
+from fxckpt.watch import Watch
+
+_MOST_MISFITS = 8  # then a call runs eagerly
+_MOST_IN_VAIN = 8  # captures for calls of one kind, none of which was used again
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -27,47 +36,47 @@ class Options:
     strict: bool
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Call:
+    """The arguments of one call: as they are, and as their tensors and the rest."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    inputs: list[torch.Tensor]
+    spec: tree.Spec
+
+    @staticmethod
+    def of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """Takes the arguments apart."""
+        return Call(args, kwargs, *tree.flatten((args, kwargs), open_objects=True))
+
+
+Key = tuple[int | None, Hashable]  # state of the module; modes and arguments
+
+
 class Captures:
     """Finds what was captured for a call, and captures what was not.
 
     Args:
         module: The module.
-        original: Its forward, a function of (module, *args, **kwargs).
         options: What `rewrite` was called with.
         position: Where the module stands in the model that was rewritten.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        original: Callable[..., Any],
-        options: Options,
-        position: Position,
-    ) -> None:
-        self._original, self._options, self._position = original, options, position
+    def __init__(self, module: nn.Module, options: Options, position: Position) -> None:
+        self._options, self._position = options, position
         # By signature; the error where the graph cannot be captured. Several per signature if
         # Python read values of the arguments: then their guards decide.
-        self._known: OrderedDict[Hashable, list[Captured] | CaptureError] = OrderedDict()
-        self._watch = signature.Watch(module)
-        self._lock = threading.RLock()
+        self._known: OrderedDict[Key, list[Captured] | CaptureError] = OrderedDict()
+        self._watch = self._fresh_watch(module)
+        self._unconfirmed: set[int] = set()  # ids of what was captured once, and not used again
+        self._misfits: Counter[Key] = Counter()
+        self._in_vain: Counter[Hashable] = Counter()  # captures since the last use
+        self._passed = False  # whether an error that may pass was ignored
         self.generation = 0  # how often the structure of the module changed
 
-    def find(
-        self,
-        module: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        inputs: Sequence[torch.Tensor],
-        spec: tree.Spec,
-    ) -> Captured | CaptureError | None:
+    def find(self, module: nn.Module, call: Call) -> Captured | CaptureError | None:
         """What was captured for this call, captured now if it is the first of its kind.
-
-        Args:
-            module: The module.
-            args: Its positional arguments.
-            kwargs: Its keyword arguments.
-            inputs: The tensors in both.
-            spec: The rest of both.
 
         Returns:
             Why it cannot be captured, if it cannot; None if there is nothing to differentiate.
@@ -75,57 +84,152 @@ class Captures:
         Raises:
             CaptureError: instead of returning it, if the option `strict` is set.
         """
-        with self._lock:
-            key = self._signature(module, inputs, spec)
-            known = self._latest(key)
-            if isinstance(known, CaptureError):
-                return known
-            captured = next((c for c in known if c.guards_hold(inputs)), None)
-            if captured is None:
-                try:
-                    captured = self._capture(module, args, kwargs, spec, len(known))
-                except CaptureError as error:
-                    if self._options.strict:
-                        raise
-                    self._known[key] = error = _without_frames(error)
-                    return error
-                known.append(captured)
-        return captured if captured.differentiable else None
+        with LOCK:
+            try:
+                found = self._found(module, call)
+            except CaptureError as error:
+                if self._options.strict:
+                    raise
+                return error.at(error.path, error.source)
+        return found if isinstance(found, Captured) and found.differentiable else None
 
-    def _signature(
-        self, module: nn.Module, inputs: Sequence[torch.Tensor], spec: tree.Spec
-    ) -> Hashable:
+    def signature(self, module: nn.Module, call: Call) -> Key:
+        """All that what is captured of a call depends on; captures of another structure go."""
         state = self._watch.state()
         if state is None:  # the structure of the module changed
             self._known.clear()
-            self._watch, self.generation = signature.Watch(module), self.generation + 1
+            self._watch, self.generation = self._fresh_watch(module), self.generation + 1
             state = self._watch.state()
-        return state, signature.of_modes(), signature.of_arguments(spec, inputs)
+        return state, (signature.of_modes(), signature.of_arguments(call.spec, call.inputs))
 
-    def _latest(self, key: Hashable) -> list[Captured] | CaptureError:
+    def _found(self, module: nn.Module, call: Call) -> Captured | None:
+        """None if there is nothing to capture yet.
+
+        Raises:
+            CaptureError: if the call cannot be captured.
+        """
+        key = self.signature(module, call)
+        if self._watch.is_lazy():
+            return None
+        known = self._latest(key)
+        found = next((c for c in known if c.guards_hold(call.inputs)), None)
+        if found is not None and found.misfit is not None:
+            known.remove(found)
+            self._unconfirmed.discard(id(found))
+            self._count_misfit(key, found.misfit)
+            found = None
+        if found is None:
+            return self._capture(module, call, key)
+        self._in_vain.pop(key[1], None)
+        if id(found) in self._unconfirmed:
+            self._unconfirmed.discard(id(found))
+            self._confirm(found, module, call, key)
+        return found
+
+    def _latest(self, key: Key) -> list[Captured]:
         """What is known for a signature, which is the latest used from now on."""
         known = self._known.setdefault(key, [])
         self._known.move_to_end(key)
         while len(self._known) > self._options.cache_size:
             self._known.popitem(last=False)
+        if isinstance(known, CaptureError):
+            raise known.at(known.path, known.source)
         return known
 
-    def _capture(
-        self, module: nn.Module, args: Any, kwargs: Any, spec: tree.Spec, before: int
-    ) -> Captured:
-        if before >= self._options.cache_size:
-            raise CaptureError(
-                f"forward reads a value that differed {before} times",
+    def _capture(self, module: nn.Module, call: Call, key: Key) -> Captured:
+        """Captures a call; what it read of the module is part of its signature."""
+        self._require_hope(key)
+        reads: Reads = set()
+        error, captured = None, None
+        try:
+            tape = self._tape(module, call, reads)
+            decide, state = self._options.decide, self._watch.state
+            captured = Captured(tape, decide, self._forward(module), call.spec, module, state)
+        except CaptureError as failure:
+            error = failure
+        self._watch.add(reads)
+        key = self.signature(module, call)
+        if captured is None:
+            assert error is not None
+            self._refuse(key, error)
+        known = self._latest(key)
+        known.append(captured)
+        self._unconfirmed.add(id(captured))
+        return captured
+
+    def _require_hope(self, key: Key) -> None:
+        """Raises a `CaptureError` if capturing did not help often enough."""
+        values = len(self._latest(key))
+        if values >= self._options.cache_size:
+            error = CaptureError(
+                f"forward reads a value that differed {values} times",
                 hint="Keep decisions that change at each call outside of the model.",
             )
+            self._refuse(key, error)
+        if self._in_vain[key[1]] >= _MOST_IN_VAIN:
+            raise CaptureError(
+                "forward reads state that is another one at each call",
+                hint="Keep what changes at each call in a buffer, or out of the model.",
+            )
+        self._in_vain[key[1]] += 1
+
+    def _count_misfit(self, key: Key, misfit: Misfit) -> None:
+        """Raises a `CaptureError` if there is no point in capturing a call of this kind again."""
+        self._misfits[key] += 1
+        if not misfit.learned or self._misfits[key] > _MOST_MISFITS:
+            error = CaptureError(
+                f"what {misfit.op} returns has another shape, dtype or layout than it says in "
+                "advance",
+                hint="If this is a custom operation, correct its fake kernel.",
+            )
+            self._refuse(key, error)
+
+    def _confirm(self, found: Captured, module: nn.Module, call: Call, key: Key) -> None:
+        """At the second call, runs the Python of forward again: it has to do the same.
+
+        Raises:
+            CaptureError: if it did not; calls of this kind run eagerly from now on.
+        """
+        try:
+            again = self._tape(module, call, set())
+        except CaptureError as error:
+            self._refuse(key, error)
+        if again.fingerprint != found.tape.fingerprint:
+            other = CaptureError(
+                "forward does something else when it is called again",
+                hint="Decide on the time, files, counters and the like outside of the model.",
+            )
+            self._refuse(key, other)
+
+    def _refuse(self, key: Key, error: CaptureError) -> NoReturn:
+        """Raises an error for all calls of this kind; the first that may pass is forgotten."""
+        may_pass = error.may_pass and not self._passed
+        self._passed |= may_pass
+        if not may_pass and not self._options.strict:
+            self._known[key] = error.at(error.path, error.source)
+        error.may_pass = may_pass
+        raise error
+
+    def _tape(self, module: nn.Module, call: Call, reads: Reads) -> Tape:
+        return capture(
+            self._forward(module),
+            call.args,
+            call.kwargs,
+            module=module,
+            position=self._position,
+            reads=reads,
+        )
+
+    @staticmethod
+    def _forward(module: nn.Module) -> Callable[..., Any]:
+        owner = weakref.ref(module)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return self._original(module, *args, **kwargs)
+            module = owner()
+            assert module is not None, "a module that is called exists"
+            return original_forward(module)(*args, **kwargs)
 
-        tape = capture(forward, args, kwargs, module=module, position=self._position)
-        return Captured(tape, self._options.decide, forward, spec, module, self._watch.state)
+        return forward
 
-
-def _without_frames(error: CaptureError) -> CaptureError:
-    """The error without what keeps the tensors of its frames alive."""
-    return CaptureError(error.reason, path=error.path, source=error.source, hint=error.hint)
+    def _fresh_watch(self, module: nn.Module) -> Watch:
+        return Watch(module, self._options.cache_size)

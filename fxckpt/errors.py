@@ -26,13 +26,29 @@ class CaptureError(FxckptError):
         path: Module path where it happened (`""` is the root).
         source: The user's source line, `"file.py:12"`, or `""` if unknown.
         hint: What the user can do about it.
+        may_pass: Whether the next call may do better: models prepare things at their first.
     """
 
-    def __init__(self, reason: str, *, path: str = "", source: str = "", hint: str = "") -> None:
+    def __init__(
+        self,
+        reason: str,
+        *,
+        path: str = "",
+        source: str = "",
+        hint: str = "",
+        may_pass: bool = False,
+    ) -> None:
         self.reason, self.path, self.source, self.hint = reason, path, source, hint
+        self.may_pass = may_pass
         where = f" in module {path!r}" if path else ""
         at = f" at {source}" if source else ""
         super().__init__(f"{reason}{where}{at}.{' ' + hint if hint else ''}")
+
+    def at(self, path: str, source: str) -> CaptureError:
+        """The same error at another place, without the frames that it came through."""
+        return CaptureError(
+            self.reason, path=path, source=source, hint=self.hint, may_pass=self.may_pass
+        )
 
 
 class PolicyError(FxckptError, ValueError):

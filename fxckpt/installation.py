@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import copy
 import copyreg
+import functools
 import inspect
+import types
 import weakref
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
@@ -57,16 +59,20 @@ def uninstall(model: nn.Module) -> None:
     Raises:
         FxckptError: if its class was changed after it was rewritten.
     """
-    cls = original_class(model)
-    if cls is not type(model).__mro__[1]:
+    if not _is_ours(type(model)):
         raise FxckptError(
             f"restore_(model): the class of the model was changed to {type(model)} after it was "
             "rewritten (parametrize and fully_shard do so). Undo that first"
         )
-    model.__class__ = cls
+    model.__class__ = original_class(type(model))
     model.__dict__.update(_without_runner(model.__dict__))
     for key in (_UNIT, _HIDDEN):
         model.__dict__.pop(key, None)
+
+
+def is_runner(attribute: str) -> bool:
+    """Whether an attribute of a module holds what was installed on it."""
+    return attribute in (_UNIT, _HIDDEN)
 
 
 def installed(model: nn.Module) -> Any:
@@ -82,24 +88,22 @@ def runner_of(model: nn.Module) -> Any:
 
 
 def original_forward(model: nn.Module) -> Callable[..., Any]:
-    """The forward that the module has without a runner, as a function of (module, *arguments)."""
-    sub = _subclass(original_class(model))
-
-    def forward(m: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        own = m.__dict__.get(_HIDDEN) or super(sub, m).forward
-        return own(*args, **kwargs)
-
-    return forward
+    """The forward that a module has without its runner."""
+    if _HIDDEN in model.__dict__:
+        return model.__dict__[_HIDDEN]
+    ours = _outermost(type(model))
+    own: Any = model if ours is None else super(ours, model)
+    return own.forward
 
 
-def original_class(model: nn.Module) -> Any:
-    """The class of a module without its runner."""
-    return next((vars(c)[_MARK] for c in type(model).__mro__ if _MARK in vars(c)), type(model))
+def original_class(cls: Any) -> Any:
+    """The class of modules of class `cls` without their runners."""
+    return vars(cls).get(_MARK, cls)
 
 
 def plain(model: M) -> M:
     """A module with the same attributes, without the runner."""
-    cls = original_class(model)
+    cls = original_class(type(model))
     new: M = object.__new__(cls)
     new.__dict__.update(_without_runner(model.__dict__))
     for name in copyreg._slotnames(cls):  # type: ignore[attr-defined]
@@ -111,6 +115,16 @@ def plain(model: M) -> M:
 def _without_runner(attributes: dict[str, Any]) -> dict[str, Any]:
     kept = {k: v for k, v in attributes.items() if k not in (_UNIT, _HIDDEN)}
     return {**kept, "forward": attributes[_HIDDEN]} if _HIDDEN in attributes else kept
+
+
+def _is_ours(cls: Any) -> bool:
+    """Whether a class was made here: not one that was derived from such a class afterwards."""
+    return _MARK in vars(cls)
+
+
+def _outermost(cls: Any) -> Any:
+    """The class among `cls` and its bases that runs the runner."""
+    return cls if _is_ours(cls) else next(filter(_is_ours, cls.__mro__), None)
 
 
 class _Silent:
@@ -137,9 +151,13 @@ def _subclass(cls: Any) -> Any:
     new.__bases__ = (cls,)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if _UNIT not in self.__dict__:  # made by `type(model)(...)`
+        if _UNIT not in self.__dict__ or _outermost(type(self)) not in (new, None):
+            # Made by `type(model)(...)`, or of a class derived from that.
             return super(new, self).forward(*args, **kwargs)
-        return runner_of(self)(self, args, kwargs)
+        result = runner_of(self)(self, args, kwargs)
+        if not isinstance(self, new):  # a lazy module took its final class
+            install(self, self.__dict__[_UNIT].for_copy(self))
+        return result
 
     new.forward = _disguised(forward, cls)
     new.__reduce_ex__ = _reduce
@@ -155,15 +173,14 @@ def _disguised(forward: Any, cls: Any) -> Any:
     Without `__wrapped__`, which accelerate follows.
     """
     theirs = inspect.getattr_static(cls, "forward")
-    function = getattr(theirs, "__func__", theirs)
     for name in _NAMING:
-        if hasattr(function, name):
-            setattr(forward, name, getattr(function, name))
+        if hasattr(cls.forward, name):
+            setattr(forward, name, getattr(cls.forward, name))
     try:
-        signature = inspect.signature(function)
+        signature = inspect.signature(cls.forward)
     except ValueError:  # a built-in function
         return forward
-    if isinstance(theirs, staticmethod) or not inspect.isfunction(function):
+    if not isinstance(theirs, (types.FunctionType, functools.partialmethod)):
         self = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
         rest = list(signature.parameters.values())
         signature = signature.replace(parameters=[self, *rest])
@@ -176,36 +193,50 @@ def _disguised(forward: Any, cls: Any) -> Any:
 
 def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
     """Pickles the module as its original class, loadable without fxckpt."""
+    if not _is_ours(type(self)):
+        return object.__reduce_ex__(self, protocol)  # type: ignore[return-value]
     reduced: Any = plain(self).__reduce_ex__(protocol)
     func, args, *rest = reduced
     if func is copyreg.__newobj__:  # type: ignore[attr-defined]
         # pickle refuses this function for an object of another class than the one it names.
-        func, args = copyreg._reconstructor, (args[0], object, None)  # type: ignore[attr-defined]
+        func = args[0].__new__
+        if func is object.__new__:
+            func, args = copyreg._reconstructor, (args[0], object, None)  # type: ignore[attr-defined]
     return func, args, *rest
 
 
 def _copy(self: M) -> M:
+    if not _is_ours(type(self)):
+        return _derived(self, self.__dict__)
     return _with_runner(copy.copy(plain(self)), self)
 
 
 def _deepcopy(self: M, memo: dict[int, Any]) -> M:
+    if not _is_ours(type(self)):
+        memo[id(self)] = new = _derived(self, {})
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
     model = plain(self)
     if hasattr(type(model), "__deepcopy__"):
         new = copy.deepcopy(model, memo)
         if new is model:
             return self
     else:
+        # Unlike `copy.deepcopy(model)`, knows what state that refers to the module refers to.
         reduced: Any = model.__reduce_ex__(4)
-        func, args, state, *_ = reduced
-        new = func(*args)
-        memo[id(self)] = new  # before the state is copied: it may refer to the module
-        new.__setstate__(copy.deepcopy(state, memo))
+        new = copy._reconstruct(self, memo, *reduced)  # type: ignore[attr-defined]
     memo[id(self)] = _with_runner(new, self)
     return new
 
 
+def _derived(model: M, attributes: dict[str, Any]) -> M:
+    new: M = object.__new__(type(model))
+    new.__dict__.update(attributes)
+    return new
+
+
 def _with_runner(new: M, old: M) -> M:
-    runner = runner_of(old).for_copy(new)
+    runner = runner_of(old).for_copy(new) if installed(old) is not None else None
     if runner is not None:
         install(new, runner)
     return new

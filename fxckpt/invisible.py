@@ -13,15 +13,18 @@ from unittest import mock
 import numpy as np
 import torch
 from torch import nn
+from torch.autograd.function import _HookMixin
 from torch.nn.modules import module as nn_module
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fxckpt.errors import CaptureError
+from fxckpt.state import HOOKS
 
 # Functions of libraries that ask whether a tensor is fake, in order to take another branch.
 _FAKE_CHECKS = (("transformers.utils.import_utils", "is_fake_tensor"),)
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Modules of libraries whose hooks only compute, or do so unless `collects` says otherwise.
+_COMPUTING = ("torch.nn.utils", "transformers.utils.output_capturing")
 
 
 @contextlib.contextmanager
@@ -30,8 +33,13 @@ def no_fake_tensors_seen() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for module, name in _FAKE_CHECKS:
             if hasattr(sys.modules.get(module), name):
-                stack.enter_context(mock.patch(f"{module}.{name}", return_value=False))
+                stack.enter_context(mock.patch(f"{module}.{name}", _no))
         yield
+
+
+def _no(*_: Any) -> bool:
+    """A function and not a mock, which would keep the tensors that it is asked about."""
+    return False
 
 
 @contextlib.contextmanager
@@ -81,7 +89,7 @@ def fresh_autocast_cache() -> Iterator[None]:
 
 @contextlib.contextmanager
 def no_saved_tensor_hooks() -> Iterator[None]:
-    """The hooks of `torch.autograd.graph.saved_tensors_hooks` around the call see no fake tensor."""
+    """Hooks of `torch.autograd.graph.saved_tensors_hooks` around the call see no fake tensor."""
     autograd = torch._C._autograd
     hooks = []
     while (top := autograd._top_saved_tensors_default_hooks(True)) is not None:
@@ -95,6 +103,36 @@ def no_saved_tensor_hooks() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def literals_read() -> Iterator[None]:
+    """`torch.tensor([a, 2, b])` with tensors in it reads their values as `item` does.
+
+    Otherwise it looks into their memory by itself, which fake tensors do not have.
+    """
+    originals = {name: getattr(torch, name) for name in ("tensor", "as_tensor")}
+    thread = threading.get_ident()
+
+    def reading(original: Callable[..., Any]) -> Callable[..., Any]:
+        def read(data: Any, *args: Any, **kwargs: Any) -> Any:
+            mine = threading.get_ident() == thread and isinstance(data, (list, tuple))
+            return original(_with_values(data) if mine else data, *args, **kwargs)
+
+        return read
+
+    with contextlib.ExitStack() as stack:
+        for name, original in originals.items():
+            stack.enter_context(mock.patch.object(torch, name, reading(original)))
+        yield
+
+
+def _with_values(data: Any) -> Any:
+    if isinstance(data, torch.Tensor):
+        return data.tolist()
+    if type(data) in (list, tuple):
+        return type(data)(map(_with_values, data))
+    return data
+
+
+@contextlib.contextmanager
 def outside_of_modes() -> Iterator[None]:
     """Runs real computations in the middle of a capture."""
     with _disable_current_modes():
@@ -105,7 +143,8 @@ def refuse_hooks(root: nn.Module) -> None:
     """Raises if a hook of a submodule would run during capture and never again.
 
     Hooks of the root itself run around the captured forward, as always; those of `torch.nn.utils`
-    (weight norm and the like) only compute, and are captured.
+    (weight norm and the like) only compute, and are captured; those of transformers collect hidden
+    states for the forward in which they run.
 
     Raises:
         CaptureError: naming the hook.
@@ -113,12 +152,71 @@ def refuse_hooks(root: nn.Module) -> None:
     for path, m in root.named_modules():
         for kind in HOOKS:
             for hook in getattr(m, kind).values():
-                owner = getattr(type(hook), "__module__", "")
-                if path and not owner.startswith("torch.nn.utils"):
+                owner = getattr(hook, "__module__", "")
+                if path and not owner.startswith(_COMPUTING):
                     name = getattr(hook, "__qualname__", type(hook).__name__)
                     raise CaptureError(f"a hook is registered ({name} in {kind})", path=path)
-    if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
+    if any(getattr(nn_module, f"_global{kind}") for kind in HOOKS):
         raise CaptureError("a hook is registered for all modules")
+
+
+@contextlib.contextmanager
+def side_effects_refused() -> Iterator[None]:
+    """Refuses hooks that the program registers on its own tensors, and setting random states.
+
+    The hooks of `torch.utils.checkpoint` only compute again.
+
+    Raises:
+        CaptureError: naming the hook or the function.
+    """
+    thread = threading.get_ident()
+
+    def refusing(what: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def refuse(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != thread or "checkpoint" in type(args[0]).__module__:
+                return original(*args, **kwargs)
+            hooks = (getattr(a, "__qualname__", "") for a in args[1:])
+            name = next(filter(None, hooks), type(args[0]).__name__)
+            raise CaptureError(f"forward registers a hook ({what} of {name})")
+
+        return refuse
+
+    def refusing_seed(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def refuse(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != thread:
+                return original(*args, **kwargs)
+            raise CaptureError(
+                f"forward sets the state of a random number generator ({name})",
+                hint="Draw from where the generator is, or keep that part out of the model.",
+            )
+
+        return refuse
+
+    with contextlib.ExitStack() as stack:
+        for owner, name, what in _REGISTERING:
+            new: Any = refusing(what, getattr(owner, name))
+            new = staticmethod(new) if owner is _HookMixin else new
+            stack.enter_context(mock.patch.object(owner, name, new))
+        for module, name in _SEEDING:
+            stack.enter_context(
+                mock.patch.object(module, name, refusing_seed(name, getattr(module, name)))
+            )
+        yield
+
+
+_SEEDING = tuple(
+    (owner, name)
+    for owner in (torch, torch.random, torch.cuda, torch.cuda.random)
+    for name in ("manual_seed", "manual_seed_all", "seed", "seed_all", "set_rng_state")
+    if hasattr(owner, name)
+)
+_REGISTERING = (
+    (torch.Tensor, "register_hook", "register_hook"),
+    (torch.Tensor, "register_post_accumulate_grad_hook", "register_post_accumulate_grad_hook"),
+    (torch.Tensor, "retain_grad", "retain_grad"),
+    (torch.autograd.graph.saved_tensors_hooks, "__enter__", "saved_tensors_hooks"),
+    (_HookMixin, "_register_hook", "grad_fn.register_hook"),
+)
 
 
 @contextlib.contextmanager

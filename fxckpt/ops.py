@@ -133,6 +133,13 @@ def is_random(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     return bool(probability) and trained is not False
 
 
+def always_runs(node: Node) -> bool:
+    """Whether an operation has an effect besides its result: random numbers, or an error."""
+    op = operation(node)
+    returns = not isinstance(op, OpOverload) or op._schema.returns or op._schema.is_mutable
+    return not returns or node_is_random(node)
+
+
 def node_is_random(node: Node) -> bool:
     """Whether a graph node draws from a random generator."""
     return is_random(operation(node), op_arguments(node), node.kwargs)

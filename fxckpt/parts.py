@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from fxckpt.installation import install, installed, uninstall
+from fxckpt.locks import LOCK
 from fxckpt.places import Position, kind
 
 
@@ -37,7 +38,6 @@ class Parts:
     def __init__(self, root: nn.Module, make: Callable[[nn.Module, Position], Any]) -> None:
         self._parts = [(m, p, make(m, p)) for m, p in _parts(list(root.named_modules()))]
         self._users = 0
-        self._lock = threading.Lock()
         self._thread = threading.local()
 
     def runners(self) -> list[tuple[str, Any]]:
@@ -49,7 +49,7 @@ class Parts:
         """While active, calls of the parts go to their runners."""
         before = getattr(self._thread, "hooks", None)
         self._thread.hooks = (_saved_tensor_hooks(),)
-        with self._lock:
+        with LOCK:
             self._users += 1
             for m, _, runner in self._parts:
                 if installed(m) is None:
@@ -58,7 +58,7 @@ class Parts:
             yield
         finally:
             self._thread.hooks = before
-            with self._lock:
+            with LOCK:
                 self._users -= 1
                 if not self._users:
                     for m, _, runner in self._parts:
@@ -76,7 +76,8 @@ class Parts:
 
 def _parts(modules: list[tuple[str, nn.Module]]) -> Iterator[tuple[nn.Module, Position]]:
     copies = Counter(kind(path, type(m)) for path, m in modules)
-    rewritten = [path for path, m in modules if path and installed(m) is not None]
+    runners = {path: installed(m) for path, m in modules if path}
+    rewritten = [p for p, runner in runners.items() if runner is not None and not runner.passing]
     for path, m in modules:
         inside = any(path == r or path.startswith(f"{r}.") for r in rewritten)
         if path and not inside and _may_be_captured(m):

@@ -26,7 +26,7 @@ from typing import Any, Protocol
 
 import torch
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -149,6 +149,24 @@ class Recorder(TorchDispatchMode):
         """How a known tensor was made from another one on the same storage, if it was."""
         return self._entries[id(tensor)].recipe
 
+    def tensors(self) -> list[torch.Tensor]:
+        """All tensors that are known."""
+        return [entry.tensor for entry in self._entries.values()]
+
+    def structures(self) -> list[Any]:
+        """Our own objects that refer to known tensors, each once."""
+        entries = self._entries.values()
+        recipes = [e.recipe for e in entries if e.recipe is not None]
+        metas = [n.meta for n in self.graph.nodes]
+        found: list[Any] = [*entries, *(e.storage for e in entries), *self._storages.values()]
+        found += [*recipes, *metas]
+        stack: list[Any] = [*(r.args for r in recipes), *(r.kwargs for r in recipes)]
+        stack += [v for v in (m.get("val") for m in metas) if isinstance(v, (tuple, list))]
+        for container in stack:  # which grows meanwhile
+            inner = container.values() if isinstance(container, dict) else container
+            stack += [x for x in inner if isinstance(x, (tuple, list, dict))]
+        return [*{id(o): o for o in (*found, *stack)}.values()]
+
     # -- recording
 
     def __torch_dispatch__(
@@ -161,9 +179,7 @@ class Recorder(TorchDispatchMode):
             if error.path:
                 raise
             place = self._place()
-            raise CaptureError(
-                error.reason, path=place.path, source=place.source, hint=error.hint
-            ) from error
+            raise error.at(place.path, place.source) from error
 
     def _dispatch(self, func: Any, args: Any, kwargs: Any) -> Any:
         if not isinstance(func, OpOverload):
@@ -181,12 +197,23 @@ class Recorder(TorchDispatchMode):
 
     def _run(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
         """The fake result of an operation."""
-        if func in shapes.OWN:
-            return shapes.OWN[func](*args, **kwargs)
+        if torch.Tag.inplace_view in func.tags:
+            self._keep_geometry(args[0])
         try:
-            return func(*args, **kwargs)
+            out = shapes.OWN.get(func, func)(*args, **kwargs)
         except DynamicOutputShapeException:
             return self._read(func, args, kwargs)
+        return shapes.corrected(func, args, kwargs, out)
+
+    def _keep_geometry(self, tensor: torch.Tensor) -> None:
+        """Lets nodes keep the geometry of a tensor that is about to be given another."""
+        alias = aten.detach.default(tensor)
+        for node in self.graph.nodes:
+            val = node.meta.get("val")
+            if val is tensor:
+                node.meta["val"] = alias
+            elif isinstance(val, tuple):
+                node.meta["val"] = tuple(alias if v is tensor else v for v in val)
 
     def _integer_indices(self, indices: Any) -> list[Any]:
         """Boolean masks among indices as what the kernel makes of them.
@@ -204,7 +231,9 @@ class Recorder(TorchDispatchMode):
 
     def _record(self, func: OpOverload, args: Any, kwargs: Any, out: Any) -> None:
         if not _has_tensor(out) and not func._schema.is_mutable:
-            return  # a question about metadata; the answer is part of the signature
+            if not func._schema.returns:  # raises, if at all
+                self._emit(func, self.nodes(args), self.nodes(kwargs), None)
+            return  # else a question about metadata; the answer is part of the signature
         if any(isinstance(a, torch.Generator) for a in (*args, *kwargs.values())):
             raise CaptureError(
                 f"{func} draws from a torch.Generator of its own",
@@ -357,8 +386,6 @@ class Recorder(TorchDispatchMode):
         def fake(x: Any) -> Any:
             if not isinstance(x, torch.Tensor) or id(x) in self._entries:
                 return x
-            if isinstance(x, FakeTensor) and x.fake_mode is self.fake_mode:
-                raise CaptureError("forward reads a tensor that was left by another capture")
             return self._adopt(x)[1]
 
         return map_aggregate(tree, fake)

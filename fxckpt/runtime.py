@@ -33,9 +33,11 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from fxckpt import ops, tree
+from fxckpt import first_run, ops, tree
 from fxckpt.errors import CaptureError, FxckptError
+from fxckpt.first_run import Misfit
 from fxckpt.joint import Joint
+from fxckpt.locks import LOCK
 from fxckpt.modes import AutocastState, autocast_as, autocast_state
 from fxckpt.split import Split, backward_from, kept_bytes, read_before_written, split
 from fxckpt.state import substituted
@@ -50,6 +52,7 @@ class Program:
 
     `slots` says where forward's arguments are at call time: (None, i) for the i-th input, else a
     container and the key in it. `backwards` are further backward graphs for the same residuals.
+    `untried` holds what did not run yet: the keys of backward graphs, None for forward.
     """
 
     joint: Joint
@@ -58,7 +61,22 @@ class Program:
     saved_positions: list[int]
     extra_positions: list[int]  # primals that are passed to autograd once more
     fragile: list[int]  # changed primals whose contents before the change matter
+    written: list[int]  # all changed primals
     backwards: dict[BackwardKey, tuple[GraphModule, list[int]]]
+    untried: set[BackwardKey | None]
+
+    def run(self, key: BackwardKey | None, graph: GraphModule, values: list[Any]) -> Any:
+        """Runs one of the graphs, as it was recorded, on a list that it empties.
+
+        Raises:
+            Misfit: in the first run, if its results are not what capture foresaw.
+        """
+        with _as_recorded():
+            if key not in self.untried:
+                return graph.forward(values)
+            results = first_run.run(graph, values)
+        self.untried.discard(key)
+        return results
 
 
 @dataclasses.dataclass(slots=True)
@@ -98,6 +116,7 @@ class Captured:
     ) -> None:
         self.tape, self.original, self.input_spec = tape, original, input_spec
         self.module, self.state = module, state
+        self.misfit: Misfit | None = None  # set if a first run showed that it must not run again
         self.autocast: AutocastState = autocast_state()
         self._decide = decide
         self._primals = {p.name: p for p in tape.primals}
@@ -122,9 +141,10 @@ class Captured:
     @property
     def program(self) -> Program:
         """The program for the backward that is expected next."""
-        if self._expected not in self._programs:
-            self._programs[self._expected] = self._compile(self._expected)
-        return self._programs[self._expected]
+        with LOCK:
+            if self._expected not in self._programs:
+                self._programs[self._expected] = self._compile(self._expected)
+            return self._programs[self._expected]
 
     def lookup(self, name: str, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
         """The tensor that a primal is at this call."""
@@ -136,9 +156,15 @@ class Captured:
         return all(g.holds(lambda name: self.lookup(name, inputs)) for g in self.tape.guards)
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> Any:
-        """Runs forward on the flattened inputs; returns what the callable returns."""
+        """Runs forward on the flattened inputs; returns what the callable returns.
+
+        Raises:
+            Misfit: see `first_run`; nothing has happened then.
+        """
         program = self.program
-        primals = [inputs[key] if held is None else held[key] for held, key in program.slots]
+        copied = program.written if None in program.untried else program.fragile
+        with LOCK:  # another thread may be capturing, with other tensors in their places
+            primals = [inputs[key] if held is None else held[key] for held, key in program.slots]
         call = _Call(
             self,
             program,
@@ -147,7 +173,7 @@ class Captured:
             [p._version for p in primals],
             self.state(),
             [(d, ops.read_rng_state(d)) for d in self._random_devices],
-            {i: primals[i].clone() for i in program.fragile},
+            {i: primals[i].clone() for i in copied},
         )
         unique = {id(r): r for r in self.tape.results}
         # Views of primals first: in the model, they mostly come before what is computed from them,
@@ -158,7 +184,12 @@ class Captured:
             if isinstance(result.origin, str)
         }
         extra = [primals[i] for i in program.extra_positions]
-        outputs = _Function.apply(call, *primals, *extra)
+        try:
+            outputs = _Function.apply(call, *primals, *extra)
+        except Misfit as misfit:
+            self._undo(call, misfit)
+            raise
+        call.before = {i: call.before[i] for i in program.fragile}
         for key, result in unique.items():
             if isinstance(result.origin, int):
                 made[key] = self._finish(result, outputs[result.origin])
@@ -166,15 +197,27 @@ class Captured:
         result, values = tree.unflatten(self.tape.spec, tensors)
         for (container, key), value in zip(self.tape.assigned, values, strict=True):
             container[key] = value
+        if self.tape.assigned:
+            call.state = self.state()
         return result
 
     @staticmethod
     def _finish(result: Result, tensor: torch.Tensor) -> torch.Tensor:
         """A result of the callable, from the tensor that it is a view of."""
-        for func, args, kwargs, index in result.views:
-            viewed = func(tensor, *args, **kwargs)
+        for func, args, kwargs, index, grad in result.views:
+            with torch.set_grad_enabled(grad):
+                viewed = func(tensor, *args, **kwargs)
             tensor = viewed if index is None else viewed[index]
         return tensor
+
+    def _undo(self, call: _Call, misfit: Misfit) -> None:
+        """Puts back what a forward that did not fit changed."""
+        self.misfit = Misfit(misfit.op, misfit.learned)
+        for device, random_state in call.random_states:
+            ops.generator(device).set_state(random_state)
+        with torch.no_grad():
+            for i, contents in call.before.items():
+                call.primals[i].copy_(contents)
 
     # -- called by _Function
 
@@ -190,11 +233,23 @@ class Captured:
             CaptureError: if that needs a value that was not kept and cannot be recomputed.
         """
         program = call.program
-        if key not in program.backwards:
-            joint = self.tape.joint(key)
-            program.backwards[key] = backward_from(joint, program.split)
-            self._expected = key
-        return program.backwards[key]
+        with LOCK:
+            if key not in program.backwards:
+                joint = self.tape.joint(key)
+                program.backwards[key] = backward_from(joint, program.split)
+                program.untried.add(key)
+                self._expected = key
+            return program.backwards[key]
+
+    def try_backward(
+        self, call: _Call, key: BackwardKey, graph: GraphModule, values: list[Any], cotangents: Any
+    ) -> Any:
+        """Gradients by a backward graph that did not run yet; generically if it does not fit."""
+        try:
+            return call.program.run(key, graph, values)
+        except Misfit as misfit:
+            self.misfit = Misfit(misfit.op, misfit.learned)
+        return self.run_again(call, cotangents)
 
     def run_again(
         self, call: _Call, cotangents: Sequence[torch.Tensor | None]
@@ -280,7 +335,9 @@ class Captured:
             [positions[name] for name in halves.saved_primals],
             [positions[name] for name in halves.extra],
             [positions[name] for name in read_before_written(joint)],
+            [positions[name] for name in halves.written],
             {key: (halves.backward, [])},
+            {None, key},
         )
 
 
@@ -293,8 +350,7 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, *primals: torch.Tensor) -> tuple[torch.Tensor, ...]:
         program = call.program
-        with _as_recorded():
-            results = program.split.forward.forward(list(primals[: len(program.slots)]))
+        results = program.run(None, program.split.forward, list(primals[: len(program.slots)]))
         outputs = results[: len(program.joint.outputs)]
         ctx.set_materialize_grads(False)
         call.captured.mark_outputs(ctx, outputs)
@@ -305,7 +361,9 @@ class _Function(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, *given: torch.Tensor | None) -> tuple[Any, ...]:
+        cotangents = tuple(c if c is None else c.resolve_conj().resolve_neg() for c in given)
+        del given
         saved = list(ctx.saved_tensors)  # raises as eager does if one was changed, or freed
         call: _Call = ctx.call
         if call is _FREED:
@@ -316,7 +374,8 @@ class _Function(torch.autograd.Function):
         if torch.is_grad_enabled():
             return (None, *call.captured.run_again(call, cotangents))
         try:
-            graph, extra = call.captured.backward_for(call, _key(cotangents))
+            key = _key(cotangents)
+            graph, extra = call.captured.backward_for(call, key)
         except CaptureError:
             return (None, *call.captured.run_again(call, cotangents))
         saved += [call.primals[i] for i in extra]
@@ -324,9 +383,11 @@ class _Function(torch.autograd.Function):
         ctx.maybe_clear_saved_tensors()
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             ctx.call = _FREED
+        program = call.program
+        if key in program.untried:
+            return (None, *call.captured.try_backward(call, key, graph, saved, cotangents))
         del cotangents, call
-        with _as_recorded():
-            return (None, *graph.forward(saved))
+        return (None, *program.run(key, graph, saved))
 
 
 @contextlib.contextmanager

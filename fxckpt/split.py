@@ -212,13 +212,14 @@ class _Backward:
         while len(grads) > places:
             first, second, *rest = grads
             total = self._graph.call_function(torch.ops.aten.add.Tensor, (first, second))
-            total.meta = dict(first.meta)
+            total.meta = {"region": first.meta.get("region", "")}
             grads = [total, *rest]
         return [*grads, *[None] * (places - len(grads))]
 
     def _emit(self) -> None:
         joint, wanted = self.joint, [g for each in self.joint.grads.values() for g in each]
-        needed = reachable(wanted, stop=lambda n: n.meta.get("phase") == "forward")
+        effects = [n for n in joint.backward_nodes() if ops.always_runs(n)]
+        needed = reachable([*wanted, *effects], stop=lambda n: n.meta.get("phase") == "forward")
         for node in joint.cotangents:
             self._copies[node] = self._argument(node, node.name, node.meta["val"])
         for node in joint.backward_nodes():
@@ -317,9 +318,9 @@ class _Backward:
 def _forward(joint: Joint, backward: _Backward) -> GraphModule:
     """The forward graph for the residuals that backward needs."""
     states = {r.node for r in backward.residuals if isinstance(r, _State)}
-    random = [n for n in joint.forward_nodes() if ops.node_is_random(n)]
+    effects = [n for n in joint.forward_nodes() if ops.always_runs(n)]
     values = [r for r in backward.residuals if isinstance(r, Node)]
-    needed = reachable([*joint.outputs, *joint.writes.values(), *values, *random])
+    needed = reachable([*joint.outputs, *joint.writes.values(), *values, *effects])
     graph, copies = Graph(), {}
     extra: dict[_Residual, Node] = {}
     for node in joint.primals.values():

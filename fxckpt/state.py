@@ -16,6 +16,7 @@ from fxckpt.errors import CaptureError
 
 _MODULE_INTERNALS = frozenset(nn.Module().__dict__)
 _CONTAINERS = (list, dict, set)
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 Slot = tuple[Any, Any]  # a container and the key in it
 
@@ -112,6 +113,8 @@ class _Contents:
 
     def __init__(self, m: nn.Module) -> None:
         self._slots = [(d, dict(d)) for d in (m._parameters, m._buffers, m.__dict__)]
+        structure = (m._modules, *(getattr(m, kind) for kind in HOOKS))
+        self._structure = [(d, dict(d)) for d in structure]
         self._inner = [
             (value, copy.copy(value))
             for _, value in attributes(m)
@@ -120,9 +123,10 @@ class _Contents:
 
     def restore(self, m: nn.Module) -> None:
         """Makes the module refer to the same objects again."""
-        for members, then in self._slots:
-            members.clear()
-            members.update(then)
+        for members, then in (*self._structure, *self._slots):
+            if not _same_items(members, then):
+                members.clear()
+                members.update(then)
         for container, contents in self._inner:
             if isinstance(container, list):
                 container[:] = contents
@@ -136,12 +140,17 @@ class _Contents:
         Raises:
             CaptureError: if a change is not an assignment of something made of tensors.
         """
+        told: Any = {"path": path, "may_pass": True}
+        for registered, before in self._structure:
+            if not _same_items(registered, before):
+                what = "submodules" if registered is m._modules else "hooks"
+                raise CaptureError(f"forward changes the {what} of a module", **told)
         for container, then in self._inner:
             if not _same_items(container, then):
-                raise CaptureError("forward changes a container held by a module", path=path)
+                raise CaptureError("forward changes a container held by a module", **told)
         for members, then in self._slots:
             for key in then.keys() - members.keys():
-                raise CaptureError(f"forward deletes the module attribute {key!r}", path=path)
+                raise CaptureError(f"forward deletes the module attribute {key!r}", **told)
             for key, value in members.items():
                 old = then.get(key)
                 if value is old or (type(value) is type(old) and _same_value(value, old)):
@@ -149,7 +158,7 @@ class _Contents:
                 if not any(_tensors_in(value, (None, None))):
                     raise CaptureError(
                         f"forward changes the module attribute {key!r} from {old!r} to {value!r}",
-                        path=path,
+                        **told,
                         hint="Keep what changes at each step in a tensor buffer.",
                     )
                 yield Assignment((members, key), value)

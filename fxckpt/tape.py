@@ -19,6 +19,7 @@ from torch.fx import Graph, Node
 from fxckpt import ops, tree
 from fxckpt.errors import CaptureError
 from fxckpt.joint import MAX_CONTRIBUTIONS, Joint, Primal, reachable
+from fxckpt.locks import LOCK
 from fxckpt.modes import AutocastState, autocast_as
 from fxckpt.places import Places, user_source_of
 from fxckpt.recorder import Recorder
@@ -43,12 +44,12 @@ class Result:
     """How a tensor in the result of the callable is made from what the graph returns.
 
     `origin` is the index of a graph output, or the name of the primal that the result is a view of.
-    `views` are applied to it one after the other, in grad mode: (operation, arguments after the
-    first, keyword arguments, which of several results).
+    `views` are applied to it one after the other: (operation, arguments after the first, keyword
+    arguments, which of several results, grad mode).
     """
 
     origin: int | str
-    views: tuple[tuple[OpOverload, tuple[Any, ...], dict[str, Any], int | None], ...]
+    views: tuple[tuple[OpOverload, tuple[Any, ...], dict[str, Any], int | None, bool], ...]
 
 
 @dataclasses.dataclass(slots=True)
@@ -64,7 +65,14 @@ class Tape:
     spec: tree.Spec  # structure of (the result, the values assigned to modules)
     assigned: list[Slot]  # where these values belong
     guards: list[Guard]
+    fingerprint: int = dataclasses.field(init=False)  # of what forward did
     _joints: dict[BackwardKey, Joint] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        nodes = self.recorder.graph.nodes
+        operations = [(n.name, str(n.target), str(n.args), str(n.kwargs)) for n in nodes]
+        results = [(r.origin, str(r.views)) for r in self.results]
+        self.fingerprint = hash((tuple(operations), tuple(results), self.spec))
 
     def expected_backward(self) -> BackwardKey:
         """The likely backward: of the loss if a scalar can be differentiated, else of all outputs.
@@ -108,14 +116,16 @@ class Tape:
         Raises:
             CaptureError: if backward does something that a graph cannot reproduce.
         """
-        if key not in self._joints:
-            self._joints[key] = self._differentiate(key)
-        return self._joints[key]
+        with LOCK:
+            if key not in self._joints:
+                self._joints[key] = self._differentiate(key)
+            return self._joints[key]
 
     def _differentiate(self, key: BackwardKey) -> Joint:
         recorder = self.recorder
         recorder.phase = self.places.phase = "backward"
         fakes, cotangents = self._cotangents(key)
+        last = next(iter(reversed(recorder.graph.nodes)))
         outputs = [t for t, c in zip(self.outputs, key.cotangents, strict=True) if c is not None]
         leaves = [leaf for p in self.primals for leaf in p.leaves if leaf.requires_grad]
         found: dict[int, list[torch.Tensor]] = {}
@@ -134,7 +144,7 @@ class Tape:
             if len(grads) > 1:
                 raise CaptureError(f"{primal.name} is reached in two ways, one of them hidden")
             by_primal[primal.name] = tuple(recorder.node_for(g) for each in grads for g in each)
-        return _extract(self, cotangents, by_primal)
+        return _extract(self, cotangents, by_primal, _nodes_after(last))
 
     def _cotangents(self, key: BackwardKey) -> tuple[list[torch.Tensor], list[Node]]:
         fakes, nodes = [], []
@@ -145,6 +155,13 @@ class Tape:
                 fakes.append(fake)
                 nodes.append(self.recorder.add_placeholder(fake, f"cotangent_{i}"))
         return fakes, nodes
+
+
+def _nodes_after(last: Node) -> set[Node]:
+    found = set()
+    while (last := last.next).op != "root":
+        found.add(last)
+    return found
 
 
 def _gradients(
@@ -211,8 +228,7 @@ def reported(phase: str) -> Iterator[None]:
     except CaptureError as error:
         if error.source:
             raise
-        source = user_source_of(error)
-        raise CaptureError(error.reason, path=error.path, source=source, hint=error.hint) from error
+        raise error.at(error.path, user_source_of(error)) from error
     except Exception as error:
         first = str(error).strip().split("\n")[0].rstrip(".")
         raise CaptureError(
@@ -221,8 +237,13 @@ def reported(phase: str) -> Iterator[None]:
         ) from error
 
 
-def _extract(tape: Tape, cotangents: list[Node], grads: dict[str, tuple[Node, ...]]) -> Joint:
-    """The part of the tape that outputs, writes and these gradients need, as a graph of its own."""
+def _extract(
+    tape: Tape, cotangents: list[Node], grads: dict[str, tuple[Node, ...]], ran: set[Node]
+) -> Joint:
+    """The part of the tape that outputs, writes and these gradients need, as a graph of its own.
+
+    Of other operations of backward, only those that `ran` for these cotangents belong to it.
+    """
     recorder = tape.recorder
     outputs = tape.output_nodes
     writes = {
@@ -231,13 +252,15 @@ def _extract(tape: Tape, cotangents: list[Node], grads: dict[str, tuple[Node, ..
         if recorder.storage_of(p.fake).version
     }
     nodes = recorder.graph.nodes
-    random = [
+    effects = [
         n
         for n in nodes
-        if n.op == "call_function" and n.meta["phase"] == "forward" and ops.node_is_random(n)
+        if n.op == "call_function"
+        and ops.always_runs(n)
+        and (n.meta["phase"] == "forward" or n in ran)
     ]
     wanted = [*outputs, *writes.values(), *(g for each in grads.values() for g in each)]
-    needed = reachable([*wanted, *random]) | set(cotangents)
+    needed = reachable([*wanted, *effects]) | set(cotangents)
     graph = Graph()
     copies: dict[Node, Node] = {}
 

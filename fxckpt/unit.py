@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._device import DeviceContext
 
-from fxckpt import tree
 from fxckpt.capture import is_capturing
-from fxckpt.captures import Captures, Options
+from fxckpt.captures import Call, Captures, Options
 from fxckpt.errors import CaptureError, FallbackWarning, FxckptError
+from fxckpt.first_run import Misfit
 from fxckpt.installation import original_forward
 from fxckpt.parts import Parts
 from fxckpt.places import ROOT, Position, stack_level_of_user
@@ -30,27 +31,31 @@ class Unit:
         options: What `rewrite` was called with.
     """
 
+    passing = False  # on the module until it is restored
+
     def __init__(self, module: nn.Module, options: Options) -> None:
-        self.original, self.options = original_forward(module), options
-        self.captures = Captures(module, self.original, options, ROOT)
+        self.options = options
+        self.captures = Captures(module, options, ROOT)
         self.latest: Captured | None = None
         self._owner = weakref.ref(module)
         self._parts: Parts | None = None
         self._generation = 0  # of the structure that the parts belong to
-        self._told: set[tuple[str, str]] = set()  # reasons and lines that were warned of
+        self._told: set[str] = set()  # lines, or reasons, that were warned of
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs the module's forward: the captured one if gradients may be wanted."""
         if not (module.training and torch.is_grad_enabled()) or _is_traced(module):
-            return self.original(module, *args, **kwargs)
-        inputs, spec = tree.flatten((args, kwargs), open_objects=True)
-        found = self.captures.find(module, args, kwargs, inputs, spec)
+            return original_forward(module)(*args, **kwargs)
+        call = Call.of(args, kwargs)
+        found = self.captures.find(module, call)
         if isinstance(found, CaptureError):
             return self._run_eagerly(module, args, kwargs, found)
         if found is None:
-            return self.original(module, *args, **kwargs)
+            return original_forward(module)(*args, **kwargs)
         self.latest = found
-        return found(inputs)
+        with contextlib.suppress(Misfit):
+            return found(call.inputs)
+        return self(module, args, kwargs)  # captured anew
 
     def prepare(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Captures the call without running it."""
@@ -59,25 +64,27 @@ class Unit:
                 "rewrite(..., example_inputs=...): the model is in evaluation mode, where the "
                 "original forward runs. Call model.train() first"
             )
-        inputs, spec = tree.flatten((args, kwargs), open_objects=True)
+        call = Call.of(args, kwargs)
         with torch.enable_grad():
-            found = self.captures.find(module, args, kwargs, inputs, spec)
+            found = self.captures.find(module, call)
         if isinstance(found, Captured):
             self.latest = found
 
     def require(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raises the `CaptureError` for which a call runs eagerly, no part of it captured."""
-        inputs, spec = tree.flatten((args, kwargs), open_objects=True)
+        call = Call.of(args, kwargs)
         with torch.enable_grad():
-            found = self.captures.find(module, args, kwargs, inputs, spec)
+            found = self.captures.find(module, call)
         if isinstance(found, CaptureError) and not self._saving_parts():
             raise found
 
     def for_module(self, module: nn.Module) -> Unit:
         """This unit, or a new one with the same options if `module` is a copy of its owner."""
-        return self if self._owner() is module else Unit(module, self.options)
+        return self if self._owner() is module else self.for_copy(module)
 
-    for_copy = for_module
+    def for_copy(self, module: nn.Module) -> Unit:
+        """A new unit with the same options."""
+        return Unit(module, self.options)
 
     def __deepcopy__(self, _: Any) -> Unit:
         return self  # until `for_module` sees that its module is a copy
@@ -86,10 +93,11 @@ class Unit:
 
     def _run_eagerly(self, module: nn.Module, args: Any, kwargs: Any, failure: CaptureError) -> Any:
         """Runs the original forward, with the parts of the module captured where possible."""
-        first = not self._told
-        self.is_new(failure)
+        first = not self._told and not failure.may_pass
+        if first:
+            self.is_new(failure)
         with self.parts_in_place(module):
-            result = self.original(module, *args, **kwargs)  # its own errors come first
+            result = original_forward(module)(*args, **kwargs)  # its own errors come first
         if first:
             _warn(f"{type(module).__name__} {_how_it_runs(self._saving_parts())}", failure)
         return result
@@ -112,8 +120,8 @@ class Unit:
         return self._parts is not None and self._parts.active()
 
     def is_new(self, failure: CaptureError) -> bool:
-        """Whether nothing failed for this reason at this line before."""
-        cause = failure.reason, failure.source
+        """Whether nothing failed at this line before, or for this reason if it has no line."""
+        cause = failure.source or failure.reason
         known = cause in self._told
         self._told.add(cause)
         return not known
@@ -128,9 +136,10 @@ class Part:
         whole: The unit of the whole; likewise.
     """
 
+    passing = True  # on the module while the whole runs
+
     def __init__(self, module: nn.Module, position: Position, whole: Unit) -> None:
-        self.original, self._position = original_forward(module), position
-        self._captures = Captures(module, self.original, whole.options, position)
+        self._captures = Captures(module, whole.options, position)
         self.latest: Captured | None = None  # set if it saves memory
         self._owner, self._whole = weakref.ref(module), weakref.ref(whole)
 
@@ -138,17 +147,20 @@ class Part:
         """Runs the forward: the captured one if that saves memory."""
         whole = self._whole()
         if whole is None or not (whole.parts_run() and torch.is_grad_enabled()):
-            return self.original(module, *args, **kwargs)
+            return original_forward(module)(*args, **kwargs)
         if self._owner() is not module or _is_traced(module):
-            return self.original(module, *args, **kwargs)
-        inputs, spec = tree.flatten((args, kwargs), open_objects=True)
-        found = self._captures.find(module, args, kwargs, inputs, spec)
+            return original_forward(module)(*args, **kwargs)
+        call = Call.of(args, kwargs)
+        found = self._captures.find(module, call)
         if isinstance(found, Captured) and found.saves_memory:
             self.latest = found
-            return found(inputs)
-        failure = found if isinstance(found, CaptureError) and whole.is_new(found) else None
-        result = self.original(module, *args, **kwargs)
-        if failure is not None:
+            with contextlib.suppress(Misfit):
+                return found(call.inputs)
+            return self(module, args, kwargs)  # captured anew
+        failure = found if isinstance(found, CaptureError) and not found.may_pass else None
+        new = failure is not None and whole.is_new(failure)
+        result = original_forward(module)(*args, **kwargs)
+        if failure is not None and new:
             _warn(f"{type(module).__name__} runs eagerly", failure)
         return result
 
@@ -184,6 +196,15 @@ def _is_traced(module: nn.Module) -> bool:
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.fx._symbolic_trace._is_fx_tracing_flag
         or torch.autograd.forward_ad._current_level >= 0
+        or _has_function_mode()
         or torch.nn.utils.parametrize._cache_enabled > 0
         or getattr(module, "_is_replica", False)
     )
+
+
+def _has_function_mode() -> bool:
+    """Whether the program looks at each call of a function of torch, other than by a device."""
+    if not torch._C._len_torch_function_stack():
+        return False
+    modes = torch.overrides._get_current_function_mode_stack()
+    return any(type(mode) is not DeviceContext for mode in modes)

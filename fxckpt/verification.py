@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -49,7 +48,7 @@ def verify(model: nn.Module, *args: Any, policy: Any = None, **kwargs: Any) -> N
         model = rewrite(model, policy)
     if not model.training:
         raise FxckptError("verify(model, ...): the model is in evaluation mode; call model.train()")
-    original = functools.partial(original_forward(model), model)
+    original = original_forward(model)
     eager = _observe(model, original, args, kwargs)
     again = _observe(model, original, args, kwargs)
     ours = _observe(model, model.forward, args, kwargs)

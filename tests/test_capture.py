@@ -3,6 +3,7 @@
 import dataclasses
 import enum
 import gc
+import itertools
 import random
 import resource
 import warnings
@@ -20,6 +21,7 @@ from helpers import (
     Function,
     Stack,
     assert_same,
+    assert_same_training,
     call,
     captures,
     content,
@@ -565,13 +567,29 @@ def test_hooks_inside_of_forward() -> None:
     inexact_is_refused(forward, [lambda: (rows(),)] * 2)
 
 
-def test_capture_runs_the_program_once() -> None:
-    runs: list[int] = []
-    model = Function(lambda m, x: (runs.append(1), x @ m.weight)[1])
+def test_the_program_runs_at_the_first_two_calls() -> None:
+    """At the first to capture it, at the second to see that it does the same again."""
+    runs = itertools.count()
+    model = Function(lambda m, x: (next(runs), x @ m.weight)[1])
     new = fxckpt.rewrite(model, "nothing", strict=True)
-    for _ in range(3):
+    for _ in range(4):
         new(rows()).sum().backward()
-    assert len(runs) == 1
+    assert next(runs) == 2
+
+
+def test_state_that_changes_at_each_call() -> None:
+    """A closure that counts: each count is captured, until it is clear that this will not end."""
+    seen: list[int] = []
+
+    def make() -> nn.Module:
+        seen.clear()
+        return Function(lambda m, x: (seen.append(1), x @ m.weight * len(seen))[1])
+
+    with pytest.warns(FallbackWarning, match="state that is another one at each call"):
+        assert_same_training(
+            make, lambda _: rows(), steps=12, rewrite=fxckpt.rewrite, policy="nothing"
+        )
+    assert len(seen) == 12
 
 
 def test_capture_allocates_no_activations() -> None:

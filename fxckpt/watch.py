@@ -1,0 +1,335 @@
+"""Tells whether a module is still in a state in which it was captured.
+
+NOTE [What is watched]
+
+A captured graph depends on what forward read of the modules: so capture notes the names of the
+attributes (`reads`), and a `Watch` looks after these, and after all parameters, buffers, submodules
+and hooks. Values count as follows:
+
+    numbers, strings, ...       by type and value
+    parameters, buffers and     by geometry (dtype, shape, strides, device, requires_grad): the
+    tensors in attributes       graph takes whatever tensor is there at the call
+    lists, dictionaries, sets,  by identity and contents; what they contain is watched in turn, a
+    objects, functions          few levels deep: attributes, closures, keywords of `partial`
+    arrays                      by contents
+    anything else               by identity
+    globals                     that methods of the modules, and what these call, may read: likewise
+
+At each call the contents are compared with those of the call before, by identity, in C loops. Only
+if that fails is the whole state looked up among the states seen before.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Sequence
+from itertools import chain
+from operator import is_, itemgetter
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as nn_module
+
+from fxckpt import tree
+from fxckpt.contents import MISSING, Inside, Read, globals_of, is_fixed, is_leaf, is_plain, reader
+from fxckpt.errors import CaptureError
+from fxckpt.installation import is_runner, original_class
+from fxckpt.reads import EVERYTHING, Reads
+from fxckpt.state import HOOKS, held_tensors
+
+_GLOBAL_HOOKS = tuple(getattr(nn_module, f"_global{kind}") for kind in HOOKS)
+# What nn.Module itself reads; submodules, hooks, parameters and buffers are watched anyway.
+_INTERNALS = {*nn.Module().__dict__, *vars(nn.Module)} - {"training", "forward"}
+_LAZY = (nn.UninitializedParameter, nn.UninitializedBuffer)
+_DEPTH = 6
+_MOST = 5000
+
+
+class Watch:
+    """Watches one module; see the note.
+
+    Args:
+        module: The module; only a weak reference to it is kept.
+        most: How many states are remembered.
+    """
+
+    def __init__(self, module: nn.Module, most: int) -> None:
+        modules = [*module.modules()]
+        self._root, self._most = weakref.ref(module), most
+        self._inner = modules[1:]
+        self._types = [type(m) for m in modules]
+        hooks = [*(getattr(m, kind) for m in modules for kind in HOOKS), *_GLOBAL_HOOKS]
+        self._same_structure = _same_dictionaries([*(m._modules for m in modules), *hooks])
+        self._reads: Reads = set()
+        self._class_attributes: list[tuple[Any, str, Any]] = []
+        self._contents: list[_Contents] = []
+        self._unchanged: Callable[[], bool] = lambda: False
+        self._tensors: list[torch.Tensor] = []
+        self._geometry: list[Any] = []
+        self._numbers: OrderedDict[Hashable, tuple[int, Any]] = OrderedDict()
+        self._count = 0
+        self._number: int | None = None
+
+    def state(self) -> int | None:
+        """The same number for the same state; None if the structure of the module changed.
+
+        After None everything that was captured is void: a submodule was replaced, a class was
+        changed, a hook was registered or removed.
+
+        Raises:
+            CaptureError: if there is too much to watch.
+        """
+        if self._structure_changed():
+            return None
+        same = self._number is not None and [*map(_geometry, self._tensors)] == self._geometry
+        if not (same and self._unchanged()):
+            self._number = self._look_up()
+            self._unchanged = _comparison(self._contents)
+        return self._number
+
+    def is_lazy(self) -> bool:
+        """Whether a parameter has no shape yet."""
+        return any(g in _LAZY for g in self._geometry)
+
+    def add(self, reads: Reads) -> None:
+        """Watches these attributes too."""
+        known = {id(m) for m in self._modules()}
+        new = {
+            (m, name)
+            for m, name in reads
+            if m in known and (name not in _INTERNALS or name == EVERYTHING)
+        }
+        if not new <= self._reads:
+            self._reads |= new
+            self._number = None
+            self._contents = []
+            self._numbers.clear()
+            self._class_attributes = self._found_in_classes()
+
+    def _modules(self) -> list[nn.Module]:
+        root = self._root()
+        assert root is not None, "a module that is called exists"
+        return [root, *self._inner]
+
+    def _structure_changed(self) -> bool:
+        if not self._same_structure():
+            return True
+        for cls, name, value in self._class_attributes:
+            if vars(cls).get(name) is not value:
+                return True
+        modules = self._modules()
+        if [*map(type, modules)] == self._types:
+            return False
+        return [original_class(type(m)) for m in modules] != [*map(original_class, self._types)]
+
+    def _found_in_classes(self) -> list[tuple[Any, str, Any]]:
+        """What was read of classes: where it was found, its name, and what it is."""
+        found = {}
+        for m in self._modules():
+            for name in self._names(m):
+                owner = next((c for c in type(m).__mro__ if name in vars(c)), None)
+                if owner is not None and owner.__module__.partition(".")[0] != "torch":
+                    found[owner, name] = vars(owner)[name]
+        return [(owner, name, value) for (owner, name), value in found.items()]
+
+    def _names(self, m: nn.Module) -> list[str]:
+        return sorted(name for module, name in self._reads if module == id(m))
+
+    # -- looking up a state
+
+    def _look_up(self) -> int:
+        rearranged = [c for c in self._contents if c.refresh()]
+        if rearranged or not self._contents:
+            self._contents = self._collect()
+        self._tensors = [t for c in self._contents for t in c.tensors()]
+        self._geometry = [*map(_geometry, self._tensors)]
+        first: dict[int, int] = {}
+        ties = tuple(first.setdefault(id(t), i) for i, t in enumerate(self._tensors))
+        key = tuple(c.key for c in self._contents), tuple(self._geometry), ties
+        if key not in self._numbers:
+            self._count += 1
+            # The owners are kept, so that no other object gets an id that is part of a key.
+            self._numbers[key] = self._count, [c.owner for c in self._contents]
+            if len(self._numbers) > self._most:
+                self._numbers.popitem(last=False)
+        self._numbers.move_to_end(key)
+        return self._numbers[key][0]
+
+    def _collect(self) -> list[_Contents]:
+        """All that is to be watched now."""
+        modules = self._modules()
+        held = held_tensors(modules[0]).values()
+        slots = {(id(container), key) for h in held for container, key in h.slots}
+        known = {id(m) for m in modules}
+        found: dict[int, _Contents] = {}
+        queue: deque[tuple[Any, int]] = deque()
+
+        def add(contents: _Contents, depth: int) -> None:
+            found[contents.place] = contents
+            queue.extend((v, depth) for v in contents.before if not is_leaf(v))
+
+        for m in modules:
+            for members in (m._parameters, m._buffers):
+                add(_Contents(members, _required(reader(members)), id(members), slots), 1)
+            if names := self._names(m):
+                add(_attributes(m, names, slots, is_root=m is modules[0]), 1)
+        functions = [value for _, _, value in self._class_attributes]
+        queue.extend((f, 1) for f in functions)
+        for namespace, names_read in globals_of(functions).values():
+            add(_Contents(None, _some(namespace, sorted(names_read)), id(namespace), slots), 1)
+        while queue:
+            value, depth = queue.popleft()
+            read = reader(value)
+            if id(value) in found or id(value) in known or depth > _DEPTH or read is None:
+                continue
+            below = 1 if isinstance(value, nn.Module) else depth + 1
+            add(_Contents(value, read, id(value), slots), below)
+            if len(found) > _MOST + 3 * len(modules):
+                raise CaptureError(f"forward may depend on more than {_MOST} objects")
+        return [c for c in found.values() if not is_fixed(c.owner) or c.tensors()]
+
+
+def _comparison(contents: list[_Contents]) -> Callable[[], bool]:
+    """A function that tells whether all contents are as they are now."""
+    dictionaries = [c.owner for c in contents if type(c.owner) is dict]
+    attributes = [c for c in contents if isinstance(c, _Attributes) and c.owner is not None]
+    rest = [c for c in contents if type(c.owner) is not dict and c not in attributes]
+    same_dictionaries = _same_dictionaries(dictionaries)
+    same_attributes = _same_attributes(attributes)
+
+    def unchanged() -> bool:
+        return same_dictionaries() and same_attributes() and all(c.unchanged() for c in rest)
+
+    return unchanged
+
+
+def _same_dictionaries(dictionaries: list[dict[Any, Any]]) -> Callable[[], bool]:
+    """Tells whether dictionaries hold the same objects under the same keys as now."""
+    sizes = [*map(len, dictionaries)]
+    full = [d for d in dictionaries if d]
+    keys = [*chain.from_iterable(full)]
+    values = [*chain.from_iterable(map(dict.values, full))]
+
+    def same() -> bool:
+        return (
+            [*map(len, dictionaries)] == sizes
+            and all(map(is_, chain.from_iterable(map(dict.values, full)), values))
+            and [*chain.from_iterable(full)] == keys
+        )
+
+    return same
+
+
+def _same_attributes(contents: list[_Attributes]) -> Callable[[], bool]:
+    """Tells likewise for some attributes of modules: new ones show in the number of attributes."""
+    dictionaries = [c.owner.__dict__ for c in contents]
+    sizes = [*map(len, dictionaries)]
+    there = [[n for n in c.names if n in d] for c, d in zip(contents, dictionaries, strict=True)]
+    pairs = [(itemgetter(*n, n[0]), d) for n, d in zip(there, dictionaries, strict=True) if n]
+    values = [*chain.from_iterable(get(d) for get, d in pairs)]
+
+    def same() -> bool:
+        if [*map(len, dictionaries)] != sizes:
+            return False
+        try:
+            return all(map(is_, chain.from_iterable([get(d) for get, d in pairs]), values))
+        except KeyError:
+            return False
+
+    return same
+
+
+def _some(dictionary: dict[str, Any], names: list[str]) -> Read:
+    return lambda: (names, [dictionary.get(name, MISSING) for name in names])
+
+
+class _Contents:
+    """What an object holds, and what it held when it was last looked at.
+
+    Args:
+        owner: The object, if it has to be kept.
+        read: Tells what it holds.
+        place: The `id` of the container of tensors.
+        slots: Where tensors are which captured graphs take from there anew at each call.
+    """
+
+    def __init__(self, owner: Any, read: Read, place: int, slots: set[tuple[int, Any]]) -> None:
+        self.owner, self._read, self.place, self._slots = owner, read, place, slots
+        self._take(*read())
+
+    def unchanged(self) -> bool:
+        """Whether all is as it was."""
+        names, values = self._read()
+        before = self.before
+        return (
+            len(values) == len(before)
+            and all(map(is_, values, before))
+            and (names is self.names or names == self.names)
+        )
+
+    def refresh(self) -> bool:
+        """Takes note of what is there now; whether containers or the places of tensors changed."""
+        if self.unchanged():
+            return False
+        arranged = self._arrangement()
+        self._take(*self._read())
+        return self._arrangement() != arranged
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The tensors in it."""
+        return [v for v in self.before if isinstance(v, torch.Tensor)]
+
+    def _take(self, names: Sequence[Any], values: Sequence[Any]) -> None:
+        self.names, self.before = names, values
+        self.key: Hashable = tuple(map(self._key, names, values))
+
+    def _arrangement(self) -> list[Any]:
+        pairs = zip(self.names, self.before, strict=True)
+        return [
+            (name, None if isinstance(v, torch.Tensor) else id(v))
+            for name, v in pairs
+            if isinstance(v, torch.Tensor) or not is_leaf(v)
+        ]
+
+    def _key(self, name: Any, value: Any) -> Hashable:
+        name = name if isinstance(name, (str, int)) else id(name)
+        if isinstance(value, torch.Tensor):
+            return name, None if (self.place, name) in self._slots else id(value)
+        return name, tree.static_key(value) if is_plain(value) else id(value)
+
+
+class _Attributes(_Contents):
+    """Some attributes of a module; the root, which keeps the watch, is not kept by it."""
+
+
+def _attributes(
+    module: nn.Module, names: list[str], slots: set[tuple[int, Any]], *, is_root: bool
+) -> _Contents:
+    reference, place = weakref.ref(module), id(module.__dict__)
+
+    def some() -> Inside:
+        attributes = _required(reference()).__dict__
+        return names, [attributes.get(name, MISSING) for name in names]
+
+    def everything() -> Inside:
+        attributes = _required(reference()).__dict__
+        kept = {k: v for k, v in attributes.items() if k not in _INTERNALS and not is_runner(k)}
+        return [*kept], [*kept.values()]
+
+    owner = None if is_root else module
+    if EVERYTHING in names:
+        return _Contents(owner, everything, place, slots)
+    return _Attributes(owner, some, place, slots)
+
+
+def _geometry(t: torch.Tensor) -> Any:
+    if type(t) in _LAZY:
+        return type(t)
+    return type(t), t.dtype, t.requires_grad, t.shape, t.stride(), t.device
+
+
+def _required(value: Any) -> Any:
+    assert value is not None
+    return value
