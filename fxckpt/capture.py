@@ -29,18 +29,18 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Node
 
-from fxckpt import invisible, ops, tree
+from fxckpt import invisible, tree
 from fxckpt.errors import CaptureError
-from fxckpt.escapes import Escapes, Kept
 from fxckpt.holders import Surroundings
-from fxckpt.joint import Primal, reachable
+from fxckpt.joint import Primal
+from fxckpt.keeping import without_escapes
 from fxckpt.locks import LOCK
 from fxckpt.places import ROOT, Places, Position
 from fxckpt.reads import Reads, attributes_read
 from fxckpt.recorder import Recorder
 from fxckpt.state import Assignment, Held, held_tensors, substituted
 from fxckpt.tape import Result, Tape, reported
-from fxckpt.values import Guard, evaluate, evaluated, is_readable, make_guard, summary
+from fxckpt.values import Guard, evaluate, is_readable, make_guard, summary
 
 
 def capture(
@@ -75,41 +75,9 @@ def capture(
 
         _capturing.active = True
         try:
-            return _without_escapes(fn, session, before)
+            return without_escapes(fn, session, before)
         finally:
             _capturing.active = False
-
-
-def _without_escapes(
-    fn: Callable[..., Any],
-    session: Callable[[Mapping[int, torch.Tensor]], _Session],
-    before: Surroundings,
-) -> Tape:
-    """The tape of a capture after which nothing of it is left; see `escapes`."""
-    first = session({})
-    escapes = first.escapes(fn, before)
-    with escapes.removed_on_failure():
-        tape = first.run(fn)
-        kept = [] if first.own else escapes.find()
-        if not kept:
-            return first.finished(tape)
-        values = first.values_of(kept)
-        second = session(values)
-        escapes_again = second.escapes(fn, before)
-        with escapes_again.removed_on_failure():
-            tape = second.run(fn)
-            kept_again = escapes_again.find()
-            second.require_same(kept, kept_again)
-            values_again = second.values_of(kept_again)
-            _fill(escapes, kept, values)
-            _fill(escapes_again, kept_again, values_again)
-    return second.finished(tape)
-
-
-def _fill(escapes: Escapes, kept: list[Kept], values: Mapping[int, torch.Tensor]) -> None:
-    fakes = [*{id(k.tensor): k.tensor for k in kept}.values()]
-    if fakes and not escapes.fill(values, fakes):
-        raise CaptureError("forward keeps a tensor in an object that cannot be changed")
 
 
 def _new_mode() -> FakeTensorMode:
@@ -150,7 +118,13 @@ class _Session:
             raise CaptureError("forward reads a tensor that was left by another capture")
         self.fake_mode = self.own or _new_mode()
         self.places = Places(module, position)
-        self.recorder = Recorder(self.fake_mode, self._adopt, self.places, self._read)
+        me = weakref.proxy(self)  # no cycle: the tape keeps both
+        self.recorder = Recorder(
+            self.fake_mode,
+            lambda tensor, **options: me._adopt(tensor, **options),
+            self.places,
+            lambda func, args, kwargs: me._read(func, args, kwargs),
+        )
         self.primals: dict[int, Primal] = {}  # by id of the real tensor
         self.real: dict[Node, torch.Tensor] = {}  # placeholders whose values Python may read
         self.guards: list[Guard] = []
@@ -158,7 +132,9 @@ class _Session:
 
     def run(self, fn: Callable[..., Any]) -> Tape:
         for held in self.held.values():
-            self._add_primal(held.tensor, held.name, held.kind, held.slots[0])
+            container, key = held.slots[0]
+            slot = (_without_cycle(container, self.module), key)
+            self._add_primal(held.tensor, held.name, held.kind, slot)
         labels = _input_names(self.input_spec)
         for i, (tensor, label) in enumerate(zip(self.inputs, labels, strict=True)):
             if id(tensor) not in self.primals:
@@ -181,73 +157,19 @@ class _Session:
             primal = self.primals.get(id(tensor))
             if primal is not None and primal.kind == "input":
                 del self.primals[id(tensor)]
-        self.inputs, self.held, self.real = [], {}, {}
+        self.module, self.inputs, self.held, self.real = None, [], {}, {}
         return tape
 
-    # -- what the program keeps elsewhere, see `escapes`
+    def structures(self) -> list[Any]:
+        """Our own objects that refer to fakes, each once."""
+        primals = self.primals.values()
+        ours = [*primals, *(p.leaves for p in primals), self.outputs]
+        return [*self.recorder.structures(), *ours]
 
-    def escapes(self, fn: Callable[..., Any], before: Surroundings) -> Escapes:
-        """Looks for tensors of this capture."""
-
-        def structures() -> list[Any]:
-            primals = self.primals.values()
-            ours = [*primals, *(p.leaves for p in primals), self.outputs]
-            return [*self.recorder.structures(), *ours]
-
-        return Escapes(self.recorder.tensors, structures, fn, before)
-
-    def values_of(self, kept: list[Kept]) -> dict[int, torch.Tensor]:
-        """The real tensors that eager would keep, by `id` of the fakes.
-
-        Raises:
-            CaptureError: if one of them is another at the next call, or has a gradient.
-        """
-        fakes = {id(p.fake): p for p in self.primals.values()}
-        values: dict[int, torch.Tensor] = {}
-        wanted: dict[int, Node] = {}
-        for tensor in (k.tensor for k in kept):
-            primal = fakes.get(id(tensor))
-            if primal is not None and primal.kind != "input":
-                values[id(tensor)] = self._real_of(primal)
-                continue
-            node = self.recorder.node_for(tensor)
-            if primal is not None or tensor.requires_grad or not self._is_settled(node):
-                raise CaptureError(
-                    "forward keeps a tensor outside of its modules",
-                    path=node.meta.get("path", ""),
-                    source=node.meta.get("source", ""),
-                    hint="Keep it in an attribute or a buffer of a module, or return it.",
-                )
-            wanted[id(tensor)] = node
-        real = {p.node: self._real_of(p) for p in self.primals.values()}
-        return values | evaluated(self.recorder.graph, wanted, real)
-
-    def _is_settled(self, node: Node) -> bool:
-        """Whether a value follows from what does not change, or if it changes, is kept for good."""
-        kinds = {"literal"} if self.left else {"literal", "constant", "buffer", "attribute"}
-        by_node = {p.node: p for p in self.primals.values()}
-        for each in reachable([node]):
-            if each.op != "placeholder":
-                if ops.node_is_random(each):
-                    return False
-                continue
-            primal = by_node[each]
-            written = self.recorder.storage_of(primal.fake).version
-            if primal.kind not in kinds or written or primal.requires_grad:
-                return False
-        return True
-
-    def require_same(self, kept: list[Kept], kept_again: list[Kept]) -> None:
-        """Raises if the program treats what it finds there as something that changes."""
-        places = {place for k in kept for place in k.places}
-        made = {id(t) for t in self.left.values()}
-        changed = [
-            p
-            for key, p in self.primals.items()
-            if key in made and p.kind == "constant" and self.recorder.storage_of(p.fake).version
-        ]
-        if changed or any(k.places - places for k in kept_again):
-            raise CaptureError("forward changes what it keeps outside of its modules")
+    def real_of(self, primal: Primal) -> torch.Tensor:
+        """The tensor that a primal stands for."""
+        container, key = primal.source
+        return self.inputs[key] if container is None else container[key]
 
     @contextlib.contextmanager
     def _in_disguise(self) -> Iterator[list[Assignment]]:
@@ -351,6 +273,7 @@ class _Session:
         for primal in self.primals.values():
             recorder.node_for(primal.fake)  # raises if its memory was replaced
         return Tape(
+            self,
             recorder,
             self.places,
             list(self.primals.values()),
@@ -358,7 +281,7 @@ class _Session:
             [recorder.node_for(t) for t in outputs],
             [results[id(t)] for t in tensors],
             spec,
-            [a.slot for a in assignments],
+            [(_without_cycle(a.slot[0], self.module), a.slot[1]) for a in assignments],
             self.guards,
         )
 
@@ -368,15 +291,11 @@ class _Session:
                 continue
             if primal.fake.requires_grad:
                 raise CaptureError(f"forward changes {primal.name} in place under a gradient")
-            real = self._real_of(primal)
-            if any(_same_storage(real, self._real_of(p)) for p in primals if p is not primal):
+            real = self.real_of(primal)
+            if any(_same_storage(real, self.real_of(p)) for p in primals if p is not primal):
                 raise CaptureError(
                     f"forward changes {primal.name} in place, which overlaps another"
                 )
-
-    def _real_of(self, primal: Primal) -> torch.Tensor:
-        container, key = primal.source
-        return self.inputs[key] if container is None else container[key]
 
 
 def _base_and_views(recorder: Recorder, tensor: torch.Tensor) -> tuple[torch.Tensor, Any]:
@@ -397,6 +316,29 @@ def _base_and_views(recorder: Recorder, tensor: torch.Tensor) -> tuple[torch.Ten
     if base.requires_grad and not tensor.requires_grad:
         steps.insert(0, (torch.ops.aten.detach.default, (), {}, None, True))
     return base, tuple(steps)
+
+
+class _AttributesOf:
+    """The attributes of a module, without keeping the module: it is what keeps its captures."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = weakref.ref(module)
+
+    def _there(self) -> dict[str, Any]:
+        module = self._module()
+        assert module is not None, "a module that is called exists"
+        return module.__dict__
+
+    def __getitem__(self, key: str) -> Any:
+        return self._there()[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._there()[key] = value
+
+
+def _without_cycle(container: Any, root: nn.Module | None) -> Any:
+    own = root is not None and container is root.__dict__
+    return _AttributesOf(root) if own and root is not None else container
 
 
 def _held(module: nn.Module) -> dict[int, Held]:

@@ -13,7 +13,7 @@ from torch import nn
 
 from fxckpt import signature, tree
 from fxckpt.capture import capture
-from fxckpt.errors import CaptureError
+from fxckpt.errors import CaptureError, let_go_of_frames
 from fxckpt.first_run import Misfit
 from fxckpt.installation import original_forward
 from fxckpt.locks import LOCK
@@ -69,7 +69,6 @@ class Captures:
         # Python read values of the arguments: then their guards decide.
         self._known: OrderedDict[Key, list[Captured] | CaptureError] = OrderedDict()
         self._watch = self._fresh_watch(module)
-        self._unconfirmed: set[int] = set()  # ids of what was captured once, and not used again
         self._misfits: Counter[Key] = Counter()
         self._in_vain: Counter[Hashable] = Counter()  # captures since the last use
         self._passed = False  # whether an error that may pass was ignored
@@ -90,6 +89,7 @@ class Captures:
             except CaptureError as error:
                 if self._options.strict:
                     raise
+                let_go_of_frames(error)
                 return error.at(error.path, error.source)
         return found if isinstance(found, Captured) and found.differentiable else None
 
@@ -115,14 +115,13 @@ class Captures:
         found = next((c for c in known if c.guards_hold(call.inputs)), None)
         if found is not None and found.misfit is not None:
             known.remove(found)
-            self._unconfirmed.discard(id(found))
             self._count_misfit(key, found.misfit)
             found = None
         if found is None:
             return self._capture(module, call, key)
         self._in_vain.pop(key[1], None)
-        if id(found) in self._unconfirmed:
-            self._unconfirmed.discard(id(found))
+        if not found.confirmed:
+            found.confirmed = True
             self._confirm(found, module, call, key)
         return found
 
@@ -131,7 +130,10 @@ class Captures:
         known = self._known.setdefault(key, [])
         self._known.move_to_end(key)
         while len(self._known) > self._options.cache_size:
-            self._known.popitem(last=False)
+            old, _ = self._known.popitem(last=False)
+            self._misfits.pop(old, None)
+        if len(self._in_vain) > self._options.cache_size:
+            self._in_vain.clear()
         if isinstance(known, CaptureError):
             raise known.at(known.path, known.source)
         return known
@@ -154,7 +156,6 @@ class Captures:
             self._refuse(key, error)
         known = self._latest(key)
         known.append(captured)
-        self._unconfirmed.add(id(captured))
         return captured
 
     def _require_hope(self, key: Key) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import linecache
 import re
+import weakref
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule
 from torch.fx.graph import PythonCode, _BoxedCodeGen
+from torch.fx.graph_module import _loader
 
 _OPERATION = re.compile(r"torch\.ops\.(\w+)\.(\w+)\.(\w+)(?=\()")
 _ASSIGNMENT = re.compile(r"\s+(\w+)\s*(?::[^=]+)?=\s")
@@ -54,4 +57,12 @@ def _bind_operations(code: PythonCode) -> None:
 def graph_module(graph: Graph, name: str) -> GraphModule:
     """A module that runs `graph` with boxed arguments."""
     graph.set_codegen(AnnotatedCodeGen())
-    return GraphModule({}, graph, class_name=name)
+    module = GraphModule({}, graph, class_name=name)
+    weakref.finalize(module, _forget_source, module.forward.__code__.co_filename)
+    return module
+
+
+def _forget_source(filename: str) -> None:
+    """Drops the source text that fx keeps for ever, for tracebacks."""
+    for cache in (_loader.eval_cache, linecache.cache):
+        cache.pop(filename, None)

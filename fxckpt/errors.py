@@ -51,6 +51,14 @@ class CaptureError(FxckptError):
         )
 
 
+def let_go_of_frames(error: BaseException) -> None:
+    """Drops the tracebacks of an error and its causes: their frames keep tensors, and the error."""
+    chain: BaseException | None = error
+    while chain is not None:
+        chain.__traceback__ = None
+        chain = chain.__cause__ or chain.__context__
+
+
 class PolicyError(FxckptError, ValueError):
     """A policy, selector or plan does not make sense for the model it was given."""
 

@@ -31,14 +31,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from fxckpt.holders import GONE, LRU, Surroundings, keys, replace
 
-_ROOTS: tuple[type, ...] = (
-    *(types.ModuleType, type, nn.Module, types.FrameType, types.GeneratorType, LRU),
-    *(threading.local, contextvars.Context),
-)
+# What refers to these is in no object.
+_ROOTS = (types.ModuleType, threading.local, contextvars.Context)
 _PACKAGE = __name__.partition(".")[0]
 _LEVELS = 10  # of containers in containers, before they count as the program's
 
@@ -76,18 +73,15 @@ class Escapes:
     ) -> None:
         self._tensors, self._structures = tensors, structures
         self._program, self._before = program, before
+        self.found: list[Kept] | None = None
 
     # -- finding
 
     def find(self) -> list[Kept]:
         """Where the program keeps tensors of the capture; no frame of it may be alive."""
         suspects = self._suspects()
-        if not suspects or not self._kept(suspects):
-            return []
-        del suspects
-        gc.collect()  # dead cycles, of exceptions and frames for example, may refer to them too
-        suspects = self._suspects()
-        return self._kept(suspects) if suspects else []
+        self.found = self._kept(suspects) if suspects else []
+        return self.found
 
     def _suspects(self) -> list[torch.Tensor]:
         """Tensors with more references than are accounted for."""
@@ -121,12 +115,9 @@ class Escapes:
         level, below = holders, {id(h): {i} for i, h in enumerate(holders)}
         passing.append(holders)
         for _ in range(_LEVELS):
-            further = []
-            for each in level:
-                if issubclass(type(each), _ROOTS) or each is self._program or self._before.knows(each):
-                    found |= below[id(each)]
-                elif not below[id(each)] <= found:
-                    further.append(each)
+            level = [each for each in level if not below[id(each)] <= found]
+            found.update(*(below[id(each)] for each in level if self._is_programs(each)))
+            further = [each for each in level if not below[id(each)] <= found]
             if not further:
                 break
             passing += [level, further]
@@ -134,7 +125,14 @@ class Escapes:
             for each in level:
                 known = [below[id(c)] for c in gc.get_referents(each) if id(c) in below]
                 below[id(each)] = below.get(id(each), set()).union(*known)
+        else:  # far away, but somewhere
+            found.update(*(below[id(each)] for each in level))
         return [holder for i, holder in enumerate(holders) if i in found]
+
+    def _is_programs(self, value: Any) -> bool:
+        if issubclass(type(value), _ROOTS) or value is self._program:
+            return True
+        return self._before.knows(value)
 
     def _referrers(self, objects: list[Any], passing: list[Any]) -> list[Any]:
         """What refers to one of the objects, but for autograd, us, and lists of the search."""
@@ -181,7 +179,7 @@ class Escapes:
             return not any(x is new for x in was) and replace(holder, new, GONE, then)
         if isinstance(holder, LRU):
             return replace(holder, new, GONE)
-        if issubclass(type(holder), _ROOTS) or depth > _LEVELS:
+        if issubclass(type(holder), (*_ROOTS, type)) or depth > _LEVELS:
             return False
         restored = [self._restore(up, holder, depth + 1) for up in self._holders([holder])]
         return any(restored)
@@ -193,7 +191,7 @@ class Escapes:
             yield
         except BaseException as error:
             _forget_locals(error)
-            self.remove(self.find())
+            self.remove(self.find() if self.found is None else self.found)
             raise
 
 

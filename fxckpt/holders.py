@@ -198,7 +198,8 @@ _ATOMS = frozenset(
         *(torch.Tensor, nn.Parameter, types.ModuleType, types.CodeType, types.BuiltinFunctionType),
     )
 )
-_LIBRARIES = (sys.stdlib_module_names - {"__main__"}) | {"torch", "numpy", "fxckpt"}
+_OF_ANYONE = {"__main__", "types", "argparse", "collections"}  # namespaces and the like
+_LIBRARIES = (sys.stdlib_module_names - _OF_ANYONE) | {"torch", "numpy", "fxckpt"}
 
 
 def _is_programs(cls: type) -> bool:

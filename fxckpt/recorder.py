@@ -36,6 +36,12 @@ from fxckpt.errors import CaptureError
 from fxckpt.places import Place
 
 aten = torch.ops.aten
+_INDEX_PUT = (
+    aten.index_put.default,
+    aten.index_put_.default,
+    aten._unsafe_index_put.default,
+    aten._index_put_impl_.default,
+)
 _REPLACES_MEMORY = (
     aten.set_.source_Tensor,
     aten.set_.source_Storage_storage_offset,
@@ -112,6 +118,7 @@ class Recorder(TorchDispatchMode):
         self.phase = "forward"
         self._storages: dict[int, _Storage] = {}
         self._entries: dict[int, _Entry] = {}
+        self._nonzero: dict[Node, torch.Tensor] = {}  # of masks, by their contents
 
     # -- what the program's tensors are in the graph
 
@@ -189,8 +196,8 @@ class Recorder(TorchDispatchMode):
         args, kwargs = self._faked(args), self._faked(kwargs)
         if torch.Tag.data_dependent_output in func.tags or func is aten.is_nonzero.default:
             return self._read(func, args, kwargs)
-        if func is aten.index.Tensor:
-            args = (args[0], self._integer_indices(args[1]))
+        if func is aten.index.Tensor or (func in _INDEX_PUT and args[2].requires_grad):
+            args = (args[0], self._integer_indices(args[1]), *args[2:])
         out = self._run(func, args, kwargs)
         self._record(func, args, kwargs, out)
         return out
@@ -218,15 +225,19 @@ class Recorder(TorchDispatchMode):
     def _integer_indices(self, indices: Any) -> list[Any]:
         """Boolean masks among indices as what the kernel makes of them.
 
-        So the shape of the result depends on the masks alone, which may be known.
+        So the shape of the result depends on the masks alone, which may be known. What forward
+        knew serves backward too.
         """
         found: list[Any] = []
         with self:
             for index in indices:
-                if index is not None and index.dtype in (torch.bool, torch.uint8):
-                    found.extend(aten.nonzero.default(index).unbind(1))
-                else:
+                if index is None or index.dtype not in (torch.bool, torch.uint8):
                     found.append(index)
+                    continue
+                mask = self.node_for(index)
+                if mask not in self._nonzero:
+                    self._nonzero[mask] = aten.nonzero.default(index)
+                found.extend(self._nonzero[mask].unbind(1))
         return found
 
     def _record(self, func: OpOverload, args: Any, kwargs: Any, out: Any) -> None:

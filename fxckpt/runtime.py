@@ -27,6 +27,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -85,6 +86,7 @@ class _Call:
 
     captured: Captured
     program: Program
+    module: torch.nn.Module | None
     inputs: Sequence[torch.Tensor]
     primals: Sequence[torch.Tensor]
     versions: list[int]
@@ -115,7 +117,9 @@ class Captured:
         state: Callable[[], Any],
     ) -> None:
         self.tape, self.original, self.input_spec = tape, original, input_spec
-        self.module, self.state = module, state
+        self.state = state
+        self._module = None if module is None else weakref.ref(module)  # which keeps this
+        self.confirmed = False  # whether forward was seen to do the same again
         self.misfit: Misfit | None = None  # set if a first run showed that it must not run again
         self.autocast: AutocastState = autocast_state()
         self._decide = decide
@@ -168,6 +172,7 @@ class Captured:
         call = _Call(
             self,
             program,
+            None if self._module is None else self._module(),
             inputs,
             primals,
             [p._version for p in primals],
@@ -302,8 +307,8 @@ class Captured:
             stack.enter_context(autocast_as(self.autocast))
             for device, random_state in call.random_states:
                 stack.enter_context(ops.rng_state_as(random_state, device))
-            if self.module is not None:
-                stack.enter_context(substituted(self.module, stand_ins))
+            if call.module is not None:
+                stack.enter_context(substituted(call.module, stand_ins))
             yield
 
     def _require_unchanged(self, call: _Call) -> None:

@@ -56,6 +56,7 @@ class Result:
 class Tape:
     """A captured forward, from which `joint` derives backward for any `BackwardKey`."""
 
+    session: Any  # serves the recorder
     recorder: Recorder
     places: Places
     primals: list[Primal]
