@@ -75,9 +75,17 @@ def capture(
 
         _capturing.active = True
         try:
-            return without_escapes(fn, session, before)
+            tape = without_escapes(fn, session, before)
         finally:
             _capturing.active = False
+            changed = before.put_back()
+        if changed:
+            raise CaptureError(
+                "forward changes objects that it finds outside of its tensors",
+                hint="Keep what changes at each step in a buffer, or out of the model.",
+                may_pass=True,
+            )
+        return tape
 
 
 def _new_mode() -> FakeTensorMode:

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fxckpt.holders import GONE, LRU, Surroundings, keys, replace
+from fxckpt.holders import GONE, LRU, Surroundings, is_namespace, keys, replace
 
 # What refers to these is in no object.
 _ROOTS = (types.ModuleType, threading.local, contextvars.Context)
@@ -168,21 +168,30 @@ class Escapes:
     def remove(self, kept: Iterable[Kept]) -> None:
         """Makes holders hold what they held before, as far as that is known."""
         for tensor, holder, _ in kept:
-            if not self._restore(holder, tensor, 0):
+            if not self._restore(holder, tensor):
                 replace(holder, tensor, GONE)
 
-    def _restore(self, holder: Any, new: Any, depth: int) -> bool:
+    def _restore(self, holder: Any, new: Any) -> bool:
         """Puts back what was held instead of something new, here or further up."""
-        then = self._before.of(holder)
-        if then is not None:
-            was = then.values() if isinstance(then, dict) else then
-            return not any(x is new for x in was) and replace(holder, new, GONE, then)
-        if isinstance(holder, LRU):
-            return replace(holder, new, GONE)
-        if issubclass(type(holder), (*_ROOTS, type)) or depth > _LEVELS:
-            return False
-        restored = [self._restore(up, holder, depth + 1) for up in self._holders([holder])]
-        return any(restored)
+        restored, level = False, [(holder, new)]
+        passing: list[Any] = []
+        for _ in range(_LEVELS):
+            unknown = []
+            for each, inside in level:
+                then = self._before.of(each)
+                if then is not None:
+                    restored |= _is_new(inside, then) and replace(each, inside, GONE, then)
+                elif type(each) is LRU:
+                    restored |= replace(each, inside, GONE)
+                elif not issubclass(type(each), (*_ROOTS, type)) and not is_namespace(each):
+                    unknown.append(each)
+            if not unknown:
+                break
+            passing += [level, unknown]
+            above = self._referrers(unknown, passing)
+            passing.append(above)
+            level = [(r, c) for r in above for c in gc.get_referents(r) if _among(c, unknown)]
+        return restored
 
     @contextlib.contextmanager
     def removed_on_failure(self) -> Iterator[None]:
@@ -193,6 +202,14 @@ class Escapes:
             _forget_locals(error)
             self.remove(self.find() if self.found is None else self.found)
             raise
+
+
+def _among(value: Any, several: list[Any]) -> bool:
+    return any(value is each for each in several)
+
+
+def _is_new(value: Any, then: Any) -> bool:
+    return not _among(value, [*then.values()] if isinstance(then, dict) else then)
 
 
 def _is_passing(referrer: Any) -> bool:

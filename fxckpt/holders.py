@@ -74,6 +74,13 @@ def _class_of(holder: Any) -> type | None:
     return next((c for c in classes if any(r is holder for r in gc.get_referents(c))), None)
 
 
+def is_namespace(value: Any) -> bool:
+    """Whether an object holds the globals of a Python module."""
+    if type(value) is not dict or "__name__" not in value:
+        return False
+    return vars(sys.modules.get(str(value["__name__"]), types)) is value
+
+
 def replace(holder: Any, old: Any, new: Any, then: Any = None) -> bool:
     """Puts `new` wherever an object holds `old`.
 
@@ -117,7 +124,7 @@ def _replace_in_sequence(holder: Any, old: Any, new: Any, then: Any) -> bool:
 
 def _assign(holder: Any, key: Any, value: Any) -> None:
     """Sets one item or attribute, past whatever the class of the holder does on assignment."""
-    cls = _class_of(holder)
+    cls = holder if isinstance(holder, type) else _class_of(holder)
     if cls is not None:
         type.__delattr__(cls, key) if value is GONE else type.__setattr__(cls, key, value)
     elif issubclass(type(holder), dict):
@@ -151,7 +158,7 @@ class Surroundings:
                 self._add(value, 0)
         classes = {*map(type, modules)}
         for cls in {c for t in classes for c in t.__mro__ if _is_programs(c)}:
-            self._add(cls, 0)
+            self._add(cls, _OF_GLOBALS)
         for name in {c.__module__ for c in classes if _is_programs(c)}:
             self._add_globals(name)
         self._add(program, 0)
@@ -168,6 +175,23 @@ class Surroundings:
         attributes = holder if issubclass(type(holder), (dict, type)) else attributes_of(holder)
         return self._then.get(id(holder), self._then.get(id(attributes)))
 
+    def put_back(self) -> bool:
+        """Undoes changes, other than those of tensors; tells whether there were any."""
+        changed = False
+        for key, then in self._then.items():
+            holder = self._seen[key]
+            now, _ = _contents(holder)
+            if isinstance(then, dict):
+                different = [k for k in {**then, **(now or {})} if _is_other(then, now or {}, k)]
+                for name in different:
+                    _assign(holder, name, then.get(name, GONE))
+            else:
+                different = [*_differences(then, now)]
+                if different:
+                    _replace_in_sequence(holder, None, GONE, then)
+            changed |= bool(different)
+        return changed
+
     def _add_globals(self, name: str) -> None:
         names = vars(sys.modules.get(name, types))
         if id(names) not in self._seen:
@@ -176,12 +200,14 @@ class Surroundings:
             for key, value in self._then[id(names)].items():
                 elsewhere = isinstance(value, type) and value.__module__ != name
                 if not elsewhere and not (key.startswith("__") and key.endswith("__")):
-                    self._add(value, _DEPTH - 2)
+                    self._add(value, _OF_GLOBALS)
 
     def _add(self, value: Any, depth: int) -> None:
         if type(value) in _ATOMS or id(value) in self._seen:
             return
         self._seen[id(value)] = value
+        if type(value) is types.FunctionType and depth < _OF_GLOBALS and _is_programs(value):
+            self._add_globals(value.__module__)
         then, inside = _contents(value)
         if then is not None:
             self._then[id(value)] = then
@@ -191,7 +217,34 @@ class Surroundings:
                     self._add(each, depth + (then is not None))
 
 
-_DEPTH = 5
+def _is_other(then: dict[Any, Any], now: dict[Any, Any], key: Any) -> bool:
+    if isinstance(key, str) and key.startswith("__") and key.endswith("__"):
+        return False  # the interpreter's, such as the registry of warnings
+    old, new = then.get(key, GONE), now.get(key, GONE)
+    return old is not new and not _is_same_number(old, new) and not _has_tensor((old, new))
+
+
+def _differences(then: list[Any], now: list[Any]) -> Iterator[Any]:
+    if len(then) != len(now) or any(a is not b for a, b in zip(then, now, strict=True)):
+        fresh = [x for x in now if not any(x is y for y in then)]
+        if not _has_tensor(fresh):
+            yield now
+
+
+def _is_same_number(old: Any, new: Any) -> bool:
+    return type(old) is type(new) and type(old) in (int, float, bool, str) and old == new
+
+
+def _has_tensor(value: Any, depth: int = 0) -> bool:
+    if isinstance(value, torch.Tensor):
+        return True
+    if depth > 3 or not isinstance(value, (list, tuple, dict, set)):
+        return False
+    inside = value.values() if isinstance(value, dict) else value
+    return any(_has_tensor(each, depth + 1) for each in inside)
+
+
+_DEPTH, _OF_GLOBALS = 5, 3  # how deep to look, and where that begins for globals
 _ATOMS = frozenset(
     (
         *(int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device),
@@ -202,9 +255,9 @@ _OF_ANYONE = {"__main__", "types", "argparse", "collections"}  # namespaces and 
 _LIBRARIES = (sys.stdlib_module_names - _OF_ANYONE) | {"torch", "numpy", "fxckpt"}
 
 
-def _is_programs(cls: type) -> bool:
-    """Whether a class belongs to the program, and not to a library that it uses."""
-    return cls.__module__.partition(".")[0] not in _LIBRARIES
+def _is_programs(value: Any) -> bool:
+    """Whether a class or function belongs to the program, and not to a library that it uses."""
+    return (value.__module__ or "torch").partition(".")[0] not in _LIBRARIES
 
 
 def _contents(value: Any) -> tuple[Any, Any]:

@@ -182,19 +182,16 @@ def trained(forward: Any, batches: list[Tensor], *, strict: bool | None = None) 
 
 def same(forward: Any, batches: list[Tensor], *, strict: bool) -> tuple[nn.Module, Places]:
     """Asserts that eager and rewritten do the same, and that no fake tensor is left."""
-    before = {id(t) for t in fakes()}
-    eager, _, _ = trained(forward, batches)
+    eager, _, expected = trained(forward, batches)
     with warnings.catch_warnings():
         if not strict:
             warnings.simplefilter("ignore", FallbackWarning)
         ours, model, places = trained(forward, batches, strict=strict)
     assert_same(eager, ours)
-    copied = copy.deepcopy(model)
-    for m in (model, copied):  # what was kept is of use to a copy as well
-        m.zero_grad()
-        total(m(batches[0].clone())).backward()
-    assert_same(*([(n, content(g)) for n, g in leaves(grads_of(m))] for m in (model, copied)))
     assert not any(issubclass(type(t), FakeTensor) for t in tensors_reached(places))
+    refilled = [p.__dict__.pop(n, None) for p in (expected, places) for n in ("lru", "filled")]
+    assert contents(places) == contents(expected)
+    del refilled
     return model, places
 
 
@@ -215,6 +212,11 @@ def tensors_reached(root: Any) -> list[Tensor]:
     return found
 
 
+def contents(places: Places) -> list[Any]:
+    """What is kept, in no order."""
+    return sorted((content(t) for t in tensors_reached(places)), key=repr)
+
+
 BATCHES = [batch(n) for n in (3, 3, 2, 3, 2)]
 
 
@@ -229,3 +231,187 @@ def test_constants_are_kept_as_in_eager(kind: str) -> None:
     model, places = same(forward, BATCHES, strict=True)
     assert captures(model)
     assert tensors_reached(places) or "lru" in kind
+    copied = copy.deepcopy(model)  # what was kept is of use to a copy as well
+    for m in (model, copied):
+        m.zero_grad()
+        total(m(batch(4))).backward()
+    assert_same(*([(n, content(g)) for n, g in leaves(grads_of(m))] for m in (model, copied)))
+
+
+def test_what_was_kept_is_a_constant_of_the_next_capture() -> None:
+    def forward(p: Places, m: Function, x: Tensor) -> Tensor:
+        return x @ m.weight * cached(p.dict, "row", lambda: ones(4))
+
+    model, places = same(forward, BATCHES, strict=True)
+    for captured in captures(model):
+        kept = [t.source[0][0] for t in captured.tape.primals if t.kind == "constant"]
+        assert [id(t) for t in kept] == [id(places.dict["row"])]
+
+
+def test_eager_finds_what_the_capture_kept() -> None:
+    """In evaluation, in another model, and the other way round."""
+    places = Places()
+
+    def forward(m: Function, x: Tensor) -> Tensor:
+        return x @ m.weight * cached(places.dict, x.shape[0], lambda: ones(4))
+
+    model, other = Function(forward), Function(forward)
+    fxckpt.rewrite_(model, "nothing", strict=True)
+    model(batch(3)).sum().backward()
+    kept = places.dict[3]
+    assert type(kept) is Tensor
+    assert torch.equal(kept, ones(4))
+    total(other(batch(3))).backward()
+    other(batch(2))
+    model(batch(2)).sum().backward()
+    assert places.dict[3] is kept
+    assert [*places.dict] == [3, 2]
+
+
+# --- what changes -------------------------------------------------------------------------------
+
+
+def closure_variable(p: Places) -> Forward:
+    last: Any = None
+
+    def forward(m: Function, x: Tensor) -> Tensor:
+        nonlocal last
+        y = x @ m.weight + (0 if last is None else last.sum())
+        last = y.detach()
+        return y
+
+    return forward
+
+
+def running(owner: Any, value: Tensor) -> Tensor:
+    """A statistic that starts as a number, and is assigned anew."""
+    before = getattr(owner, "value", None)
+    owner.value = 0.5 * (0.0 if before is None else before) + value
+    return owner.value
+
+
+def counted(store: Any, make: Callable[[], Tensor]) -> Tensor:
+    if "n" not in store:
+        store["n"] = make()
+    store["n"] += 1
+    return store["n"]
+
+
+def first_batch(store: Any, x: Tensor) -> Tensor:
+    return cached(store, "mean", lambda: x.detach().mean(0))
+
+
+REFUSED: dict[str, Callable[[Places, Function, Tensor], Tensor]] = {
+    "activations in a list": lambda p, m, x: (p.list.append(x @ m.weight), p.list[-1].sin())[1],
+    "detached in a list": lambda p, m, x: (
+        p.list.append(y := (x @ m.weight)), p.list.append(y.detach()), y.sin()
+    )[2],
+    "bounded deque": lambda p, m, x: (
+        p.deque.append((y := x @ m.weight).detach().sum()), y * sum(p.deque)
+    )[1],
+    "set": lambda p, m, x: (p.set.add((y := x @ m.weight).detach()), y * len(p.set))[1],
+    "input": lambda p, m, x: (p.dict.update(x=x), (x @ m.weight).sin())[1],
+    "last in a dictionary": lambda p, m, x: (
+        (y := (x @ m.weight)).sum() * len(p.dict), p.dict.update(last=y.detach()), y
+    )[2],
+    "previous in a dictionary": lambda p, m, x: (
+        (y := (x @ m.weight) * p.dict.get("scale", 2.0)),
+        p.dict.update(scale=y.detach().abs().mean()),
+        y,
+    )[2],
+    "sum in an object": lambda p, m, x: running(p.object, (x @ m.weight).detach().mean()) * x,
+    "sum in slots": lambda p, m, x: running(p.slots, (x @ m.weight).detach().mean()) * x,
+    "sum in a class": lambda p, m, x: running(p.cls, (x @ m.weight).mean().detach()) * x,
+    "sum in an object, with gradient": lambda p, m, x: (
+        setattr(p.cls, "value", 0.0), running(p.cls, (x @ m.weight).mean())
+    )[1],
+    "first batch": lambda p, m, x: (x @ m.weight) * first_batch(p.dict, x),
+    "counter": lambda p, m, x: x @ m.weight * counted(p.dict, lambda: torch.zeros(())),
+    "counter in lru_cache": lambda p, m, x: x @ m.weight * p.lru(4).add_(1),
+    "random": lambda p, m, x: x @ m.weight * cached(p.dict, "r", lambda: torch.rand(4)),
+    "parameter made in forward": lambda p, m, x: x @ cached(
+        p.dict, "w", lambda: nn.Parameter(torch.ones(4, 4))
+    ),
+    "tuple": lambda p, m, x: (p.dict.update(a=(x @ m.weight, 1)), p.dict["a"][0].sin())[1],
+    "tuple in an lru_cache": lambda p, m, x: functools_cached(p, m, x),
+    "thread local": lambda p, m, x: (
+        setattr(p.local, "value", (y := x @ m.weight).detach()), y.sin()
+    )[1],
+    "context variable": lambda p, m, x: (
+        p.context.set(((y := x @ m.weight) * 2).detach()), y * p.context.get()
+    )[1],
+    "random, every time": lambda p, m, x: (
+        p.dict.update(r=torch.rand(4)), x @ m.weight * p.dict["r"]
+    )[1],
+    "list of constants": lambda p, m, x: (p.list.append(ones(4)), x @ m.weight * sum(p.list))[1],
+    "attribute of a real tensor": lambda p, m, x: (
+        setattr(cached(p.dict, "t", lambda: ones(4)), "last", (y := x @ m.weight).detach()), y
+    )[1],
+}  # fmt: skip
+
+
+def functools_cached(p: Places, m: Function, x: Tensor) -> Tensor:
+    """A cache that is keyed by a tensor."""
+    if not hasattr(p, "pairs"):
+        p.pairs = functools.lru_cache(8)(lambda t: (t * 2, t.sin()))  # type: ignore[attr-defined]
+    return p.pairs(x @ m.weight)[1]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_changes_is_kept_as_in_eager(kind: str) -> None:
+    same(REFUSED[kind], BATCHES, strict=False)
+
+
+def test_closure_variable() -> None:
+    results = []
+    for rewritten in (False, True):
+        seed_all(0)
+        model: nn.Module = Function(closure_variable(Places()))
+        if rewritten:
+            model = fxckpt.rewrite(model, "nothing")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FallbackWarning)
+            results.append([("", content(model(x))) for x in BATCHES])
+    assert_same(*results)
+
+
+STATE: dict[str, Any] = {}
+
+
+def test_global_state_is_as_before_a_capture_that_fails() -> None:
+    old = torch.ones(4)
+    STATE.update(old=old, list=[1, old], nested={"a": old})
+
+    def forward(m: Function, x: Tensor) -> Tensor:
+        y = x @ m.weight
+        STATE["old"] = STATE["old"] + y.detach().sum()
+        STATE["new"] = (y, [y])
+        STATE["list"].append(y)
+        STATE["nested"]["a"] = [y]
+        STATE["nested"]["b"] = y.sin()
+        if fails:
+            y.numpy()
+        return y
+
+    for fails in (False, True):
+        with pytest.raises(CaptureError):
+            fxckpt.rewrite(Function(forward), "nothing", strict=True, example_inputs=(batch(3),))
+        assert STATE == {"old": old, "list": [1, old], "nested": {"a": old}}
+        assert STATE["old"] is old
+
+
+def test_message() -> None:
+    places = Places()
+
+    class Inner(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            places.list.append(x.sin())
+            return x
+
+    model = nn.Sequential(nn.Linear(4, 4), Inner())
+    with pytest.raises(CaptureError, match="keeps a tensor outside of its modules") as caught:
+        fxckpt.rewrite(model, "nothing", strict=True, example_inputs=(batch(3),))
+    assert caught.value.path == "1"
+    assert caught.value.source.startswith("test_escapes.py:")
+    assert caught.value.hint
+    assert places.list == []

@@ -38,6 +38,7 @@ LAYERS = (
     "shapes",
     "recorder",
     "tape",
+    "keeping",
     "capture",
     "regions",
     "attention",
