@@ -136,6 +136,7 @@ class _Session:
         self.primals: dict[int, Primal] = {}  # by id of the real tensor
         self.real: dict[Node, torch.Tensor] = {}  # placeholders whose values Python may read
         self.guards: list[Guard] = []
+        self.attributes: dict[int, set[str]] = {}  # names of those of primals, by id of the fake
         self.outputs: list[torch.Tensor] = []
 
     def run(self, fn: Callable[..., Any]) -> Tape:
@@ -216,6 +217,7 @@ class _Session:
         node = self.recorder.add_placeholder(fake, name)
         node.meta["kind"] = kind
         primal = Primal(name, kind, fake, node, source, [fake])
+        self.attributes[id(fake)] = {*fake.__dict__}
         self.primals[id(tensor)] = primal
         if is_readable(primal, tensor) and not isinstance(tensor, FakeTensor):
             self.real[node] = tensor
@@ -280,6 +282,9 @@ class _Session:
         self._refuse_unsafe_writes(list(self.primals.values()))
         for primal in self.primals.values():
             recorder.node_for(primal.fake)  # raises if its memory was replaced
+            self._require_unchanged(primal)
+        if any(t.requires_grad and t.is_leaf for t in outputs):
+            raise CaptureError("forward returns a tensor that it made and that wants a gradient")
         return Tape(
             self,
             recorder,
@@ -292,6 +297,19 @@ class _Session:
             [(_without_cycle(a.slot[0], self.module), a.slot[1]) for a in assignments],
             self.guards,
         )
+
+    def _require_unchanged(self, primal: Primal) -> None:
+        """Refuses what happens to a tensor besides its contents."""
+        real, fake = self.real_of(primal), primal.fake
+        if not (
+            fake.shape == real.shape
+            and fake.stride() == real.stride()
+            and fake.requires_grad == real.requires_grad
+            and fake.grad_fn is None
+            and fake.grad is None
+            and fake.__dict__.keys() == self.attributes[id(fake)]
+        ):
+            raise CaptureError(f"forward changes the shape, flags or attributes of {primal.name}")
 
     def _refuse_unsafe_writes(self, primals: list[Primal]) -> None:
         for primal in primals:
@@ -388,9 +406,8 @@ def _fake_like(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
         )
     if isinstance(tensor, nn.Parameter):
         fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
-        for key, value in tensor.__dict__.items():
-            fake.__dict__.setdefault(key, value)
-        return fake
+    for key, value in tensor.__dict__.items():
+        fake.__dict__.setdefault(key, value)
     return fake.requires_grad_(tensor.requires_grad)
 
 

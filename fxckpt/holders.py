@@ -238,9 +238,9 @@ def _is_same_number(old: Any, new: Any) -> bool:
 def _has_tensor(value: Any, depth: int = 0) -> bool:
     if isinstance(value, torch.Tensor):
         return True
-    if depth > 3 or not isinstance(value, (list, tuple, dict, set)):
+    if depth > 3 or type(value) in _ATOMS or isinstance(value, (type, nn.Module)):
         return False
-    inside = value.values() if isinstance(value, dict) else value
+    _, inside = _contents(value)
     return any(_has_tensor(each, depth + 1) for each in inside)
 
 

@@ -93,7 +93,7 @@ def _require_same(
     made = {id(t) for t in second.left.values()} - first.primals.keys()
     changed = any(key in made and _written(second, p) for key, p in second.primals.items())
     if changed or any(k.places - places for k in kept_again):
-        raise CaptureError("forward changes what it keeps outside of its modules")
+        raise CaptureError("forward changes what it keeps outside of its modules", may_pass=True)
 
 
 def _values(session: Session, kept: list[Kept]) -> dict[int, torch.Tensor]:
@@ -117,6 +117,7 @@ def _values(session: Session, kept: list[Kept]) -> dict[int, torch.Tensor]:
                 path=node.meta.get("path", ""),
                 source=node.meta.get("source", ""),
                 hint="Keep it in an attribute or a buffer of a module, or return it.",
+                may_pass=True,
             )
         wanted[id(tensor)] = node
     real = {p.node: session.real_of(p) for p in session.primals.values()}

@@ -32,11 +32,19 @@ class Parts:
 
     Args:
         root: The module.
-        make: Makes the runner of a part.
+        make: Makes the runner of a part: of the module, its position, and whether the rest of the
+            model uses parameters of it too.
     """
 
-    def __init__(self, root: nn.Module, make: Callable[[nn.Module, Position], Any]) -> None:
-        self._parts = [(m, p, make(m, p)) for m, p in _parts(list(root.named_modules()))]
+    def __init__(self, root: nn.Module, make: Callable[[nn.Module, Position, bool], Any]) -> None:
+        owners: dict[int, set[str]] = {}
+        for path, m in root.named_modules():
+            for p in m._parameters.values():
+                owners.setdefault(id(p), set()).add(path)
+        self._parts = [
+            (m, position, make(m, position, _is_shared(m, position.path, owners)))
+            for m, position in _parts(list(root.named_modules()))
+        ]
         self._users = 0
         self._thread = threading.local()
 
@@ -72,6 +80,11 @@ class Parts:
         module's own, as its recomputation happens when the parts are not in place any more.
         """
         return getattr(self._thread, "hooks", None) == (_saved_tensor_hooks(),)
+
+
+def _is_shared(part: nn.Module, path: str, owners: dict[int, set[str]]) -> bool:
+    users = {user for p in part.parameters() for user in owners[id(p)]}
+    return not all(user == path or user.startswith(f"{path}.") for user in users)
 
 
 def _parts(modules: list[tuple[str, nn.Module]]) -> Iterator[tuple[nn.Module, Position]]:

@@ -28,11 +28,17 @@ def of_arguments(spec: tree.Spec, tensors: Sequence[torch.Tensor]) -> Hashable:
                 t.dtype,
                 t.device,
                 t.requires_grad,
+                _tags(t),
                 first.setdefault(id(t), i),
             )
             for i, t in enumerate(tensors)
         ),
     )
+
+
+def _tags(t: torch.Tensor) -> Hashable:
+    """The Python attributes of a tensor, which forward may read."""
+    return tree.static_key(t.__dict__) if t.__dict__ else None
 
 
 def of_modes() -> Hashable:

@@ -18,6 +18,7 @@ from fxckpt.captures import Call, Captures, Options
 from fxckpt.errors import CaptureError, FallbackWarning, FxckptError
 from fxckpt.first_run import Misfit
 from fxckpt.installation import original_forward
+from fxckpt.modes import autocast_state
 from fxckpt.parts import Parts
 from fxckpt.places import ROOT, Position, stack_level_of_user
 from fxckpt.runtime import Captured
@@ -39,6 +40,7 @@ class Unit:
         self.latest: Captured | None = None
         self._owner = weakref.ref(module)
         self._parts: Parts | None = None
+        self.runs = 0  # of the parts
         self._generation = 0  # of the structure that the parts belong to
         self._told: set[str] = set()  # lines, or reasons, that were warned of
 
@@ -110,8 +112,9 @@ class Unit:
     def parts_in_place(self, module: nn.Module) -> Any:
         """While active, the parts run what was captured of them."""
         if self._parts is None or self._generation != self.captures.generation:
-            self._parts = Parts(module, lambda m, p: Part(m, p, self))
+            self._parts = Parts(module, lambda m, p, shared: Part(m, p, self, is_shared=shared))
             self._generation = self.captures.generation
+        self.runs += 1
         with self._parts.in_place():
             yield
 
@@ -134,11 +137,15 @@ class Part:
         module: The part; only a weak reference is kept.
         position: Where it stands in the whole.
         whole: The unit of the whole; likewise.
+        is_shared: Whether the rest of the whole uses parameters of the part, too.
     """
 
     passing = True  # on the module while the whole runs
 
-    def __init__(self, module: nn.Module, position: Position, whole: Unit) -> None:
+    def __init__(
+        self, module: nn.Module, position: Position, whole: Unit, *, is_shared: bool
+    ) -> None:
+        self._is_shared, self._latest_run = is_shared, 0
         self._captures = Captures(module, whole.options, position)
         self.latest: Captured | None = None  # set if it saves memory
         self._owner, self._whole = weakref.ref(module), weakref.ref(whole)
@@ -148,7 +155,7 @@ class Part:
         whole = self._whole()
         if whole is None or not (whole.parts_run() and torch.is_grad_enabled()):
             return original_forward(module)(*args, **kwargs)
-        if self._owner() is not module or _is_traced(module):
+        if self._owner() is not module or _is_traced(module) or self._is_cast_once(whole):
             return original_forward(module)(*args, **kwargs)
         call = Call.of(args, kwargs)
         found = self._captures.find(module, call)
@@ -156,6 +163,7 @@ class Part:
             self.latest = found
             with contextlib.suppress(Misfit):
                 return found(call.inputs)
+            self._latest_run = 0
             return self(module, args, kwargs)  # captured anew
         failure = found if isinstance(found, CaptureError) and not found.may_pass else None
         new = failure is not None and whole.is_new(failure)
@@ -163,6 +171,19 @@ class Part:
         if failure is not None and new:
             _warn(f"{type(module).__name__} runs eagerly", failure)
         return result
+
+    def _is_cast_once(self, whole: Unit) -> bool:
+        """Whether eager may cast a weight once, by autocast, for several uses of it.
+
+        Then it sums the gradients of these uses before it casts them back. In the first run it is
+        not known yet whether a part is called several times.
+        """
+        state = autocast_state()
+        if not state or ("cache", False) in state:
+            return False
+        self._is_shared |= self._latest_run == whole.runs
+        self._latest_run = whole.runs
+        return self._is_shared or whole.runs == 1
 
     def for_module(self, _: nn.Module) -> Part:
         """This part, which runs the original forward of other modules."""
