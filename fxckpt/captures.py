@@ -74,24 +74,29 @@ class Captures:
         self._passed = False  # whether an error that may pass was ignored
         self.generation = 0  # how often the structure of the module changed
 
-    def find(self, module: nn.Module, call: Call) -> Captured | CaptureError | None:
+    def find(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Captured | CaptureError | None, list[torch.Tensor]]:
         """What was captured for this call, captured now if it is the first of its kind.
 
         Returns:
-            Why it cannot be captured, if it cannot; None if there is nothing to differentiate.
+            Why it cannot be captured, if it cannot; None if there is nothing to differentiate. And
+            the tensors among the arguments.
 
         Raises:
             CaptureError: instead of returning it, if the option `strict` is set.
         """
         with LOCK:
             try:
+                call = Call.of(args, kwargs)
                 found = self._found(module, call)
             except CaptureError as error:
                 if self._options.strict:
                     raise
                 let_go_of_frames(error)
-                return error.at(error.path, error.source)
-        return found if isinstance(found, Captured) and found.differentiable else None
+                return error.at(error.path, error.source), []
+        usable = found is not None and found.differentiable
+        return found if usable else None, call.inputs
 
     def signature(self, module: nn.Module, call: Call) -> Key:
         """All that what is captured of a call depends on; captures of another structure go."""
@@ -122,7 +127,7 @@ class Captures:
         self._in_vain.pop(key[1], None)
         if not found.confirmed:
             found.confirmed = True
-            self._confirm(found, module, call, key)
+            return self._confirmed(found, module, call, key)
         return found
 
     def _latest(self, key: Key) -> list[Captured]:
@@ -145,8 +150,7 @@ class Captures:
         error, captured = None, None
         try:
             tape = self._tape(module, call, reads)
-            decide, state = self._options.decide, self._watch.state
-            captured = Captured(tape, decide, self._forward(module), call.spec, module, state)
+            captured = self._captured(tape, module, call)
         except CaptureError as failure:
             error = failure
         self._watch.add(reads)
@@ -185,22 +189,32 @@ class Captures:
             )
             self._refuse(key, error)
 
-    def _confirm(self, found: Captured, module: nn.Module, call: Call, key: Key) -> None:
+    def _captured(self, tape: Tape, module: nn.Module, call: Call) -> Captured:
+        forward, state = self._forward(module), self._watch.state
+        return Captured(tape, self._options.decide, forward, call.spec, module, state)
+
+    def _confirmed(self, found: Captured, module: nn.Module, call: Call, key: Key) -> Captured:
         """At the second call, runs the Python of forward again: it has to do the same.
 
+        If it did something else, this is what is run now, once, as in eager; from the next call on,
+        calls of this kind run eagerly.
+
         Raises:
-            CaptureError: if it did not; calls of this kind run eagerly from now on.
+            CaptureError: if it cannot be captured any more.
         """
         try:
             again = self._tape(module, call, set())
         except CaptureError as error:
             self._refuse(key, error)
         if again.fingerprint != found.tape.fingerprint:
-            other = CaptureError(
+            self._known[key] = CaptureError(
                 "forward does something else when it is called again",
                 hint="Decide on the time, files, counters and the like outside of the model.",
             )
-            self._refuse(key, other)
+            if self._options.strict:
+                self._latest(key)  # raises
+            return self._captured(again, module, call)
+        return found
 
     def _refuse(self, key: Key, error: CaptureError) -> NoReturn:
         """Raises an error for all calls of this kind; the first that may pass is forgotten."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import random
 import sys
 import threading
@@ -13,6 +14,7 @@ from unittest import mock
 import numpy as np
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.function import _HookMixin
 from torch.nn.modules import module as nn_module
 from torch.utils._python_dispatch import _disable_current_modes
@@ -217,6 +219,24 @@ _REGISTERING = (
     (torch.autograd.graph.saved_tensors_hooks, "__enter__", "saved_tensors_hooks"),
     (_HookMixin, "_register_hook", "grad_fn.register_hook"),
 )
+
+
+@contextlib.contextmanager
+def errors_not_logged() -> Iterator[None]:
+    """Errors of this thread are reported by us: what computes shapes does not log them."""
+    thread = threading.get_ident()
+
+    def is_elsewhere(_: logging.LogRecord) -> bool:
+        return threading.get_ident() != thread
+
+    _SHAPES_LOG.addFilter(is_elsewhere)
+    try:
+        yield
+    finally:
+        _SHAPES_LOG.removeFilter(is_elsewhere)
+
+
+_SHAPES_LOG = logging.getLogger(FakeTensorMode.__module__)
 
 
 @contextlib.contextmanager

@@ -60,6 +60,7 @@ _MODES = (
     torch.is_deterministic_algorithms_warn_only_enabled,
     torch.is_inference_mode_enabled,
     torch.is_anomaly_enabled,
+    torch.is_autocast_cache_enabled,
     torch.get_num_threads,
     _C._get_flash_sdp_enabled,
     _C._get_mem_efficient_sdp_enabled,

@@ -16,7 +16,7 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
-from fxckpt import ops, tree
+from fxckpt import invisible, ops, tree
 from fxckpt.errors import CaptureError
 from fxckpt.joint import MAX_CONTRIBUTIONS, Joint, Primal, reachable
 from fxckpt.locks import LOCK
@@ -225,7 +225,8 @@ def _contribution_hook(
 def reported(phase: str) -> Iterator[None]:
     """Turns whatever goes wrong while recording into a `CaptureError` that says where it was."""
     try:
-        yield
+        with invisible.errors_not_logged():
+            yield
     except CaptureError as error:
         if error.source:
             raise

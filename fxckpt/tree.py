@@ -86,6 +86,8 @@ def _flatten(
         return Spec("static", kind, repr(tree) if kind in (float, complex) else tree, (), tree)
     if id(tree) in above:
         raise CaptureError(f"an argument or result of type {kind.__name__} contains itself")
+    if isinstance(tree, torch.nn.Module):
+        raise CaptureError(f"an argument or result is a module ({kind.__name__})")
     above = (*above, id(tree))
     children, context = _children(tree, open_objects)
     if children is None:

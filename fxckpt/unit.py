@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._device import DeviceContext
 
 from fxckpt.capture import is_capturing
-from fxckpt.captures import Call, Captures, Options
+from fxckpt.captures import Captures, Options
 from fxckpt.errors import CaptureError, FallbackWarning, FxckptError
 from fxckpt.first_run import Misfit
 from fxckpt.installation import original_forward
@@ -48,15 +48,14 @@ class Unit:
         """Runs the module's forward: the captured one if gradients may be wanted."""
         if not (module.training and torch.is_grad_enabled()) or _is_traced(module):
             return original_forward(module)(*args, **kwargs)
-        call = Call.of(args, kwargs)
-        found = self.captures.find(module, call)
+        found, inputs = self.captures.find(module, args, kwargs)
         if isinstance(found, CaptureError):
             return self._run_eagerly(module, args, kwargs, found)
         if found is None:
             return original_forward(module)(*args, **kwargs)
         self.latest = found
         with contextlib.suppress(Misfit):
-            return found(call.inputs)
+            return found(inputs)
         return self(module, args, kwargs)  # captured anew
 
     def prepare(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -66,17 +65,15 @@ class Unit:
                 "rewrite(..., example_inputs=...): the model is in evaluation mode, where the "
                 "original forward runs. Call model.train() first"
             )
-        call = Call.of(args, kwargs)
         with torch.enable_grad():
-            found = self.captures.find(module, call)
+            found, _ = self.captures.find(module, args, kwargs)
         if isinstance(found, Captured):
             self.latest = found
 
     def require(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raises the `CaptureError` for which a call runs eagerly, no part of it captured."""
-        call = Call.of(args, kwargs)
         with torch.enable_grad():
-            found = self.captures.find(module, call)
+            found, _ = self.captures.find(module, args, kwargs)
         if isinstance(found, CaptureError) and not self._saving_parts():
             raise found
 
@@ -157,12 +154,11 @@ class Part:
             return original_forward(module)(*args, **kwargs)
         if self._owner() is not module or _is_traced(module) or self._is_cast_once(whole):
             return original_forward(module)(*args, **kwargs)
-        call = Call.of(args, kwargs)
-        found = self._captures.find(module, call)
+        found, inputs = self._captures.find(module, args, kwargs)
         if isinstance(found, Captured) and found.saves_memory:
             self.latest = found
             with contextlib.suppress(Misfit):
-                return found(call.inputs)
+                return found(inputs)
             self._latest_run = 0
             return self(module, args, kwargs)  # captured anew
         failure = found if isinstance(found, CaptureError) and not found.may_pass else None

@@ -43,6 +43,7 @@ _GLOBAL_HOOKS = tuple(getattr(nn_module, f"_global{kind}") for kind in HOOKS)
 # What nn.Module itself reads; submodules, hooks, parameters and buffers are watched anyway.
 _INTERNALS = {*nn.Module().__dict__, *vars(nn.Module)} - {"training", "forward"}
 _LAZY = (nn.UninitializedParameter, nn.UninitializedBuffer)
+_members = itemgetter("_modules", "_parameters", "_buffers")
 _DEPTH = 6
 _MOST = 5000
 
@@ -61,6 +62,7 @@ class Watch:
         self._inner = modules[1:]
         self._types = [type(m) for m in modules]
         hooks = [*(getattr(m, kind) for m in modules for kind in HOOKS), *_GLOBAL_HOOKS]
+        self._members = [*chain.from_iterable(_members(m.__dict__) for m in modules)]
         self._same_structure = _same_dictionaries([*(m._modules for m in modules), *hooks])
         self._reads: Reads = set()
         self._class_attributes: list[tuple[Any, str, Any]] = []
@@ -100,7 +102,7 @@ class Watch:
             (m, name)
             for m, name in reads
             if m in known and (name not in _INTERNALS or name == EVERYTHING)
-        }
+        } | {(id(self._root()), "forward")}
         if not new <= self._reads:
             self._reads |= new
             self._number = None
@@ -114,7 +116,8 @@ class Watch:
         return [root, *self._inner]
 
     def _structure_changed(self) -> bool:
-        if not self._same_structure():
+        members = chain.from_iterable([_members(m.__dict__) for m in self._modules()])
+        if not all(map(is_, members, self._members)) or not self._same_structure():
             return True
         for cls, name, value in self._class_attributes:
             if vars(cls).get(name) is not value:
