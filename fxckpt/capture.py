@@ -195,6 +195,7 @@ class _Session:
             stack.enter_context(invisible.no_saved_tensor_hooks())
             stack.enter_context(invisible.side_effects_refused())
             stack.enter_context(invisible.literals_read())
+            stack.enter_context(invisible.leaves_as(self._argument_behind))
             stack.enter_context(torch.autograd.set_detect_anomaly(False))
             if not isinstance(next(iter(self.inputs), None), FakeTensor):
                 stack.enter_context(invisible.no_fake_tensors_seen())
@@ -297,6 +298,13 @@ class _Session:
             [(_without_cycle(a.slot[0], self.module), a.slot[1]) for a in assignments],
             self.guards,
         )
+
+    def _argument_behind(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The argument that a tensor of forward stands for; else the tensor."""
+        for real in self.inputs:
+            if self.primals[id(real)].fake is tensor:
+                return real
+        return tensor
 
     def _require_unchanged(self, primal: Primal) -> None:
         """Refuses what happens to a tensor besides its contents."""

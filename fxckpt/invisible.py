@@ -105,6 +105,15 @@ def no_saved_tensor_hooks() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def leaves_as(real: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """`is_leaf` answers for the tensor that a fake stands for: fakes of arguments are leaves."""
+    plain = torch.Tensor.is_leaf.__get__  # type: ignore[attr-defined]
+    answer = property(lambda tensor: plain(real(tensor)))
+    with mock.patch.object(torch.Tensor, "is_leaf", answer):
+        yield
+
+
+@contextlib.contextmanager
 def literals_read() -> Iterator[None]:
     """`torch.tensor([a, 2, b])` with tensors in it reads their values as `item` does.
 

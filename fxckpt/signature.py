@@ -28,6 +28,7 @@ def of_arguments(spec: tree.Spec, tensors: Sequence[torch.Tensor]) -> Hashable:
                 t.dtype,
                 t.device,
                 t.requires_grad,
+                t.is_leaf,
                 _tags(t),
                 first.setdefault(id(t), i),
             )

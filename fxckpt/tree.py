@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from fxckpt.contents import reader
 from fxckpt.errors import CaptureError
 
 
@@ -169,10 +170,11 @@ def _unflatten(spec: Spec, take: Callable[[], Any]) -> Any:
     return rebuilt
 
 
-def static_key(value: Any) -> Hashable:
+def static_key(value: Any, depth: int = 0) -> Hashable:
     """A hashable stand-in for a static value that differs whenever the value does.
 
-    Arrays and unhashable containers are compared by content; other objects by their own equality.
+    Arrays and unhashable containers are compared by content; other objects by their own equality,
+    and by what they hold.
     """
     if isinstance(value, (list, tuple)):
         return (type(value), *map(static_key, value))
@@ -188,4 +190,16 @@ def static_key(value: Any) -> Hashable:
         hash(value)
     except TypeError:
         return (type(value), repr(value))
-    return (type(value), value)
+    return (type(value), value, _inside(value, depth))
+
+
+def _inside(value: Any, depth: int) -> Hashable:
+    """The plain values that an object holds, a few levels deep, if these are not many."""
+    read = reader(value) if type(value) not in _ATOMS and depth < _DEPTH else None
+    if read is None:
+        return None
+    _, values = read()
+    return tuple(static_key(v, depth + 1) for v in values) if len(values) <= _MOST else None
+
+
+_DEPTH, _MOST = 3, 32

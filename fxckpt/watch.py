@@ -21,6 +21,7 @@ if that fails is the whole state looked up among the states seen before.
 
 from __future__ import annotations
 
+import types
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Sequence
@@ -65,6 +66,7 @@ class Watch:
         self._members = [*chain.from_iterable(_members(m.__dict__) for m in modules)]
         self._same_structure = _same_dictionaries([*(m._modules for m in modules), *hooks])
         self._reads: Reads = set()
+        self._globals: dict[int, list[str]] = {}  # names that functions read, by id of the globals
         self._class_attributes: list[tuple[Any, str, Any]] = []
         self._contents: list[_Contents] = []
         self._unchanged: Callable[[], bool] = lambda: False
@@ -132,7 +134,8 @@ class Watch:
         found = {}
         for m in self._modules():
             for name in self._names(m):
-                owner = next((c for c in type(m).__mro__ if name in vars(c)), None)
+                mro = original_class(type(m)).__mro__
+                owner = next((c for c in mro if name in vars(c)), None)
                 if owner is not None and owner.__module__.partition(".")[0] != "torch":
                     found[owner, name] = vars(owner)[name]
         return [(owner, name, value) for (owner, name), value in found.items()]
@@ -166,6 +169,7 @@ class Watch:
         held = held_tensors(modules[0]).values()
         slots = {(id(container), key) for h in held for container, key in h.slots}
         known = {id(m) for m in modules}
+        self._globals = {}
         found: dict[int, _Contents] = {}
         queue: deque[tuple[Any, int]] = deque()
 
@@ -180,10 +184,17 @@ class Watch:
                 add(_attributes(m, names, slots, is_root=m is modules[0]), 1)
         functions = [value for _, _, value in self._class_attributes]
         queue.extend((f, 1) for f in functions)
-        for namespace, names_read in globals_of(functions).values():
-            add(_Contents(None, _some(namespace, sorted(names_read)), id(namespace), slots), 1)
-        while queue:
+        while queue or functions:
+            if not queue:  # what the functions found so far read of globals
+                for namespace, names_read in globals_of(functions).values():
+                    names = sorted({*names_read, *self._globals.get(id(namespace), ())})
+                    self._globals[id(namespace)] = names
+                    add(_Contents(None, _some(namespace, names), id(namespace), slots), 1)
+                functions = []
+                continue
             value, depth = queue.popleft()
+            if isinstance(value, types.FunctionType) and id(value) not in found:
+                functions.append(value)
             read = reader(value)
             if id(value) in found or id(value) in known or depth > _DEPTH or read is None:
                 continue
