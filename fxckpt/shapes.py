@@ -48,15 +48,6 @@ class Geometry:
         """That of a real or fake tensor."""
         return Geometry(tuple(tensor.size()), tensor.stride(), tensor.dtype, tensor.device)
 
-    def matches(self, other: Geometry) -> bool:
-        """Whether both are equal, strides of dimensions without extent aside."""
-        if (self.size, self.dtype) != (other.size, other.dtype):
-            return False
-        if self.stride == other.stride or 0 in self.size:
-            return True
-        strides = zip(self.size, self.stride, other.stride, strict=True)
-        return all(a == b for n, a, b in strides if n > 1)
-
     def empty(self) -> torch.Tensor:
         """A tensor of this geometry: a fake one under the fake mode."""
         return aten.empty_strided.default(
@@ -87,6 +78,15 @@ def corrected(func: OpOverload, args: Any, kwargs: Any, out: Any) -> Any:
     if all(t.is_contiguous() for t in tensors):
         return out
     return _tried(func, args, kwargs, out, tensors)
+
+
+def alike(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors have the same geometry, strides of dimensions without extent aside."""
+    if a.size() != b.size() or a.dtype != b.dtype:
+        return False
+    if a.stride() == b.stride() or 0 in a.size():
+        return True
+    return all(s == t for n, s, t in zip(a.size(), a.stride(), b.stride(), strict=True) if n > 1)
 
 
 def key_of(func: OpOverload, args: Any, kwargs: Any) -> Hashable:
