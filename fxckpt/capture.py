@@ -78,13 +78,14 @@ def capture(
             tape = without_escapes(fn, session, before)
         finally:
             _capturing.active = False
-            changed = before.put_back()
+            changed, prepared = before.put_back()
         if changed:
             raise CaptureError(
                 "forward changes objects that it finds outside of its tensors",
                 hint="Keep what changes at each step in a buffer, or out of the model.",
                 may_pass=True,
             )
+        tape.prepared = prepared
         return tape
 
 
@@ -195,6 +196,7 @@ class _Session:
             stack.enter_context(invisible.no_saved_tensor_hooks())
             stack.enter_context(invisible.side_effects_refused())
             stack.enter_context(invisible.literals_read())
+            stack.enter_context(invisible.other_branches_refused())
             stack.enter_context(invisible.leaves_as(self._argument_behind))
             stack.enter_context(torch.autograd.set_detect_anomaly(False))
             if not isinstance(next(iter(self.inputs), None), FakeTensor):

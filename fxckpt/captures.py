@@ -15,6 +15,7 @@ from fxckpt import signature, tree
 from fxckpt.capture import capture
 from fxckpt.errors import CaptureError, let_go_of_frames
 from fxckpt.first_run import Misfit
+from fxckpt.holders import prepare
 from fxckpt.installation import original_forward
 from fxckpt.locks import LOCK
 from fxckpt.places import Position
@@ -95,6 +96,8 @@ class Captures:
                     raise
                 let_go_of_frames(error)
                 return error.at(error.path, error.source), []
+            if found is not None:
+                prepare(found.tape.prepared)
         usable = found is not None and found.differentiable
         return found if usable else None, call.inputs
 

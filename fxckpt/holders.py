@@ -136,6 +136,9 @@ def _assign(holder: Any, key: Any, value: Any) -> None:
         object.__setattr__(holder, key, value)
 
 
+Prepared = tuple[Any, Any, Any]  # holder, name, value
+
+
 class Surroundings:
     """What the objects around a program hold, so that it can be put back.
 
@@ -175,22 +178,32 @@ class Surroundings:
         attributes = holder if issubclass(type(holder), (dict, type)) else attributes_of(holder)
         return self._then.get(id(holder), self._then.get(id(attributes)))
 
-    def put_back(self) -> bool:
-        """Undoes changes, other than those of tensors; tells whether there were any."""
+    def put_back(self) -> tuple[bool, list[Prepared]]:
+        """Undoes changes, other than those of tensors.
+
+        Returns:
+            Whether there were others than preparations, and these: what was nothing, or None, and
+            got a plain value.
+        """
         changed = False
+        prepared: list[Prepared] = []
         for key, then in self._then.items():
             holder = self._seen[key]
             now, _ = _contents(holder)
             if isinstance(then, dict):
-                different = [k for k in {**then, **(now or {})} if _is_other(then, now or {}, k)]
+                now = now or {}
+                different = [k for k in {**then, **now} if _is_other(then, now, k)]
                 for name in different:
                     _assign(holder, name, then.get(name, GONE))
+                    if then.get(name) is None and type(now.get(name)) in _NUMBERS:
+                        prepared.append((holder, name, now[name]))
+                different = [k for k in different if (k not in {p[1] for p in prepared})]
             else:
                 different = [*_differences(then, now)]
                 if different:
                     _replace_in_sequence(holder, None, GONE, then)
             changed |= bool(different)
-        return changed
+        return changed, prepared
 
     def _add_globals(self, name: str) -> None:
         names = vars(sys.modules.get(name, types))
@@ -231,8 +244,17 @@ def _differences(then: list[Any], now: list[Any]) -> Iterator[Any]:
             yield now
 
 
+def prepare(prepared: list[Prepared]) -> None:
+    """Does again what `put_back` undid."""
+    for holder, name, value in prepared:
+        _assign(holder, name, value)
+
+
 def _is_same_number(old: Any, new: Any) -> bool:
-    return type(old) is type(new) and type(old) in (int, float, bool, str) and old == new
+    return type(old) is type(new) and type(old) in _NUMBERS and old == new
+
+
+_NUMBERS = (int, float, bool, str)
 
 
 def _has_tensor(value: Any, depth: int = 0) -> bool:

@@ -231,6 +231,32 @@ _REGISTERING = (
 
 
 @contextlib.contextmanager
+def other_branches_refused() -> Iterator[None]:
+    """Functions that take another branch while a dispatch mode is on, before it sees them.
+
+    `cross_entropy` with class weights and label smoothing divides by a sum of weights: in eager
+    mode of those that count, else of all, the others zero, which may be rounded in another way.
+    """
+    original = torch._C._nn.cross_entropy_loss
+
+    def cross_entropy_loss(
+        input: Any,
+        target: Any,
+        weight: Any = None,
+        reduction: int = 1,
+        ignore_index: Any = -100,
+        label_smoothing: float = 0.0,
+    ) -> Any:
+        indices = not target.is_floating_point()
+        if weight is not None and reduction == 1 and label_smoothing > 0 and indices:
+            raise CaptureError("forward smooths the labels of a weighted cross entropy")
+        return original(input, target, weight, reduction, ignore_index, label_smoothing)
+
+    with mock.patch.object(torch._C._nn, "cross_entropy_loss", cross_entropy_loss):
+        yield
+
+
+@contextlib.contextmanager
 def errors_not_logged() -> Iterator[None]:
     """Errors of this thread are reported by us: what computes shapes does not log them."""
     thread = threading.get_ident()

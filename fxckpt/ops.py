@@ -61,6 +61,26 @@ _DROPOUT_ARGUMENT: dict[str, tuple[int, str]] = {
     "aten::miopen_rnn": (10, "dropout"),
 }
 
+# Where ATen asks whether a tensor is "subclass-like", which all are while a dispatch mode is on, the
+# backward that is recorded is another one than eager runs. These are the operations for which the
+# results differ, or eager looks at values: what eager does, and the dtypes ("complex" or "all") and
+# argument (None: any) whose gradient that concerns.
+_BACKWARD_OF_EAGER: dict[str, tuple[str, str, int | None]] = {
+    "aten::prod": ("it counts the zeros in the input", "all", None),
+    "aten::cumprod": ("it looks for zeros in the input", "complex", None),
+    "aten::cumprod_": ("it looks for zeros in the input", "complex", None),
+    "aten::masked_fill": ("it adds up selected elements", "all", 2),
+    "aten::masked_fill_": ("it adds up selected elements", "all", 2),
+    "aten::ormqr": ("its gradients have other strides", "all", None),
+    "aten::linalg_householder_product": ("its gradients have other strides", "all", None),
+    "aten::linalg_eig": ("it checks the gradient", "all", None),
+    "aten::_linalg_eigh": ("it checks the gradient", "complex", None),
+    "aten::_linalg_svd": ("it checks the gradient", "complex", None),
+}
+
+# Likewise, but eager's way can be recorded: see `spread`.
+_SPREADING = frozenset(("MaxBackward1", "MinBackward1", "MedianBackward0", "NanmedianBackward0"))
+
 # What JAX calls dots, plus what is built from them: the operations whose cost grows faster than
 # their output, so that saving them is usually the best use of memory.
 _MATRIX_LIKE = frozenset(
@@ -204,6 +224,32 @@ def without_unread(
     if flag is not None and not args[flag]:
         return target, args, kwargs
     return target, tuple(None if i in positions else a for i, a in enumerate(args)), kwargs
+
+
+def why_not_differentiable(target: OpOverload, args: Sequence[Any]) -> str:
+    """Why the backward that is recorded of a call is not what eager runs; empty if it is."""
+    why, dtypes, position = _BACKWARD_OF_EAGER.get(target._schema.name, ("", "", None))
+    taken = args if position is None else args[position : position + 1]
+    tensors = [t for t in taken if isinstance(t, torch.Tensor) and t.requires_grad]
+    concerned = tensors and torch.is_grad_enabled()
+    return why if concerned and (dtypes == "all" or tensors[0].is_complex()) else ""
+
+
+def is_spread(target: Any, args: Sequence[Any]) -> bool:
+    """Whether backward gives the gradient of an extremum of a whole tensor to where it was found.
+
+    While a dispatch mode is on, by a product; in eager mode on the CPU, where zero times a negative
+    or infinite gradient would show, as `spread` does.
+    """
+    node = torch._C._current_autograd_node()
+    if node is None or node.name() not in _SPREADING or target is not aten.mul.Tensor:
+        return False
+    return args[0].dtype == torch.bool and args[0].device.type == "cpu"
+
+
+def spread(mask: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """`gradient` where the mask is true, zero elsewhere."""
+    return gradient.new_zeros(mask.shape).masked_fill(mask, gradient)
 
 
 def is_blank(node: Node) -> bool:

@@ -198,9 +198,21 @@ class Recorder(TorchDispatchMode):
             return self._read(func, args, kwargs)
         if func is aten.index.Tensor or (func in _INDEX_PUT and args[2].requires_grad):
             args = (args[0], self._integer_indices(args[1]), *args[2:])
+        if self.phase == "backward" and ops.is_spread(func, args):
+            with self:
+                return ops.spread(*args)
+        self._require_eager_way(func, args)
         out = self._run(func, args, kwargs)
         self._record(func, args, kwargs, out)
         return out
+
+    def _require_eager_way(self, func: OpOverload, args: Any) -> None:
+        """Raises if eager does something else than what would be recorded."""
+        if self.phase == "forward" and (why := ops.why_not_differentiable(func, args)):
+            raise CaptureError(f"the backward of {func} cannot be recorded: in eager mode {why}")
+        if func is aten.view.default and (args[0].is_conj() or args[0].is_neg()):
+            # `reshape` is `_reshape_alias` in eager mode, which computes it first
+            raise CaptureError("a tensor with a pending conjugation or negation is reshaped")
 
     def _run(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
         """The fake result of an operation."""

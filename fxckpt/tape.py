@@ -18,6 +18,7 @@ from torch.fx import Graph, Node
 
 from fxckpt import invisible, ops, tree
 from fxckpt.errors import CaptureError
+from fxckpt.holders import Prepared
 from fxckpt.joint import MAX_CONTRIBUTIONS, Joint, Primal, reachable
 from fxckpt.locks import LOCK
 from fxckpt.modes import AutocastState, autocast_as
@@ -66,6 +67,7 @@ class Tape:
     spec: tree.Spec  # structure of (the result, the values assigned to modules)
     assigned: list[Slot]  # where these values belong
     guards: list[Guard]
+    prepared: list[Prepared] = dataclasses.field(default_factory=list)  # that forward assigns once
     fingerprint: int = dataclasses.field(init=False)  # of what forward did
     _joints: dict[BackwardKey, Joint] = dataclasses.field(default_factory=dict)
 
