@@ -56,35 +56,30 @@ def run(module: GraphModule, args: list[Any]) -> Any:
     if any(isinstance(a, FakeTensor) for a in args):  # nothing real to compare with
         return module.forward(args)
     graph = module.graph
-    dying, values, check = _dying(graph), {}, _Check()
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-    for node, value in zip(placeholders, args, strict=True):
-        if node.users:
-            values[node] = value
+    values = {n: value for n, value in zip(placeholders, args, strict=True) if n.users}
     args.clear()
-    value = None
+    dying, check = _dying(graph), _Check()
     for node in graph.nodes:
-        if node.op != "call_function":
-            continue
-        try:
-            value = _call(node, values)
-        except Exception:
-            check.finish()
-            raise
-        check.compare(node, value)
-        if node.users:
-            values[node] = value
-        value = None
-        for dead in dying.get(node, ()):
-            del values[dead]
+        if node.op == "call_function":
+            try:
+                _compute(node, values, check)
+            except Exception:
+                check.finish()  # what did not fit may be the reason
+                raise
+            for dead in dying.get(node, ()):
+                del values[dead]
     check.finish()
     return map_arg(graph.output_node().args[0], values.__getitem__)
 
 
-def _call(node: Node, values: dict[Node, Any]) -> Any:
+def _compute(node: Node, values: dict[Node, Any], check: _Check) -> None:
     args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
     function: Any = node.target
-    return function(*args, **kwargs)
+    result = function(*args, **kwargs)
+    check.compare(node, result)
+    if node.users:
+        values[node] = result
 
 
 def _dying(graph: Graph) -> dict[Node, list[Node]]:

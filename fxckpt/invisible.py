@@ -81,12 +81,16 @@ def _random_states() -> tuple[Any, Any, bytes]:
 
 @contextlib.contextmanager
 def fresh_autocast_cache() -> Iterator[None]:
-    """Autocast's cache of cast weights holds no real tensors before, and no fake ones after."""
-    torch.clear_autocast_cache()
+    """Autocast's cache of cast weights holds no fake ones after a capture outside of autocast.
+
+    Inside, eager code around needs what is in it, and what fakes put there dies with the region.
+    """
+    on = any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
     try:
         yield
     finally:
-        torch.clear_autocast_cache()
+        if not on:
+            torch.clear_autocast_cache()
 
 
 @contextlib.contextmanager
@@ -237,7 +241,7 @@ def other_branches_refused() -> Iterator[None]:
     `cross_entropy` with class weights and label smoothing divides by a sum of weights: in eager
     mode of those that count, else of all, the others zero, which may be rounded in another way.
     """
-    original = torch._C._nn.cross_entropy_loss
+    original: Any = torch._C._nn.cross_entropy_loss
 
     def cross_entropy_loss(
         input: Any,

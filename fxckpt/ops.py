@@ -61,8 +61,8 @@ _DROPOUT_ARGUMENT: dict[str, tuple[int, str]] = {
     "aten::miopen_rnn": (10, "dropout"),
 }
 
-# Where ATen asks whether a tensor is "subclass-like", which all are while a dispatch mode is on, the
-# backward that is recorded is another one than eager runs. These are the operations for which the
+# Where ATen asks whether a tensor is "subclass-like", as all are while a dispatch mode is on, the
+# backward that is recorded is not the one that eager runs. These are the operations for which the
 # results differ, or eager looks at values: what eager does, and the dtypes ("complex" or "all") and
 # argument (None: any) whose gradient that concerns.
 _BACKWARD_OF_EAGER: dict[str, tuple[str, str, int | None]] = {

@@ -221,8 +221,9 @@ def _laid_out(
 def _try(func: OpOverload, args: Any, kwargs: Any) -> list[_Order | None]:
     """What the real kernel returns for operands of these geometries."""
     with contextlib.ExitStack() as stack:
-        for context in (outside_of_modes(), torch.no_grad(), torch._C._AutoDispatchBelowAutograd()):
-            stack.enter_context(context)
+        stack.enter_context(outside_of_modes())
+        stack.enter_context(torch._C._AutoDispatchBelowAutograd())
+        stack.enter_context(torch._C._DisableAutocast())
         try:
             stand_ins = _stand_in(args), _stand_in(kwargs)
             if torch.Tag.nondeterministic_seeded in func.tags:

@@ -8,7 +8,6 @@ import gc
 import threading
 import types
 import warnings
-import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -16,7 +15,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch.nn.functional as F
 from helpers import Function, assert_same, captures, content, grads_of, leaves, seed_all, total
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor

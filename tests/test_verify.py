@@ -1,5 +1,6 @@
 """`verify` passes exact models, names what differs, and leaves no trace."""
 
+import itertools
 import warnings
 
 import pytest
@@ -63,11 +64,10 @@ def test_leaves_no_trace_when_something_differs() -> None:
 
 def hidden_state() -> nn.Module:
     """A model whose result depends on something that no capture can see."""
-    calls = [0]
+    calls = itertools.count()
 
     def forward(m: Function, x: Tensor) -> Tensor:
-        calls[0] += 1
-        return (x @ m.weight).tanh() * (2 if calls[0] > 2 else 1)
+        return (x @ m.weight).tanh() * (2 if next(calls) > 1 else 1)
 
     return Function(forward)
 
