@@ -390,7 +390,7 @@ def test_global_state_is_as_before_a_capture_that_fails() -> None:
             y.numpy()
         return y
 
-    for _ in (False, True):
+    for fails in (False, True):  # noqa: B007 (forward reads it)
         with pytest.raises(CaptureError):
             fxckpt.rewrite(Function(forward), "nothing", strict=True, example_inputs=(batch(3),))
         assert STATE == {"old": old, "list": [1, old], "nested": {"a": old}}
