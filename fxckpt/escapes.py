@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fxckpt.errors import CaptureError
 from fxckpt.holders import GONE, LRU, Surroundings, is_namespace, keys, replace
 
 # What refers to these is in no object.
@@ -68,7 +69,7 @@ class Escapes:
         self,
         tensors: Callable[[], list[torch.Tensor]],
         structures: Callable[[], list[Any]],
-        program: Callable[..., Any],
+        program: Any,
         before: Surroundings,
     ) -> None:
         self._tensors, self._structures = tensors, structures
@@ -204,6 +205,36 @@ class Escapes:
             raise
 
 
+@contextlib.contextmanager
+def nothing_kept_by_backward(
+    functions: list[type], tensors: Callable[[], list[torch.Tensor]], structures: Callable[[], Any]
+) -> Iterator[None]:
+    """While active, backward is recorded.
+
+    Args:
+        functions: The custom functions that it runs.
+        tensors: See `Escapes`.
+        structures: Likewise.
+
+    Raises:
+        CaptureError: if they changed anything but tensors of their own; that is undone.
+    """
+    if not functions:
+        yield
+        return
+    before = Surroundings(None, functions)
+    escapes = Escapes(tensors, structures, functions, before)
+    try:
+        with escapes.removed_on_failure():
+            yield
+            if escapes.find():
+                raise CaptureError("backward keeps a tensor outside of its modules")
+    finally:
+        changed, prepared = before.put_back()
+    if changed or prepared:
+        raise CaptureError("backward changes objects that it finds outside of its tensors")
+
+
 def _among(value: Any, several: list[Any]) -> bool:
     return any(value is each for each in several)
 
@@ -217,7 +248,9 @@ def _is_passing(referrer: Any) -> bool:
     kind = type(referrer)
     if kind is types.FrameType:
         return str(referrer.f_globals.get("__name__")).startswith(f"{_PACKAGE}.")
-    return kind.__module__.startswith(f"{_PACKAGE}.") or issubclass(kind, torch._C._FunctionBase)
+    if kind.__module__.startswith((f"{_PACKAGE}.", "torch.fx.")):
+        return True
+    return issubclass(kind, torch._C._FunctionBase)
 
 
 def _forget_locals(error: BaseException | None) -> None:

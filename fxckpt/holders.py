@@ -8,7 +8,7 @@ import gc
 import sys
 import types
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from copyreg import _slotnames  # type: ignore[attr-defined]
 from typing import Any
 
@@ -148,10 +148,10 @@ class Surroundings:
 
     Args:
         module: The module that the program runs, if any.
-        program: The program.
+        program: The program: a function, or several classes.
     """
 
-    def __init__(self, module: nn.Module | None, program: Callable[..., Any]) -> None:
+    def __init__(self, module: nn.Module | None, program: Any) -> None:
         self._then: dict[int, Any] = {}  # by id: a copy of the contents
         self._seen: dict[int, Any] = {}  # by id, so that these stay what they are
         modules = [] if module is None else [*module.modules()]
@@ -165,6 +165,8 @@ class Surroundings:
         for name in {c.__module__ for c in classes if _is_programs(c)}:
             self._add_globals(name)
         self._add(program, 0)
+        for cls in program if isinstance(program, list) else ():
+            self._add_globals(cls.__module__)
 
     def knows(self, value: Any) -> bool:
         """Whether an object was found there."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -51,8 +52,12 @@ def verify(model: nn.Module, *args: Any, policy: Any = None, **kwargs: Any) -> N
     original = original_forward(model)
     eager = _observe(model, original, args, kwargs)
     again = _observe(model, original, args, kwargs)
-    ours = _observe(model, model.forward, args, kwargs)
-    runner_of(model).require(model, args, kwargs)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ours = _observe(model, model.forward, args, kwargs)
+    runner_of(model).require(model, args, kwargs)  # what runs eagerly as a whole proves nothing
+    for each in caught:
+        warnings.warn(each.message, each.category, stacklevel=2)
     for (name, expected), (_, repeated), (_, got) in zip(eager, again, ours, strict=True):
         _compare(name, expected, repeated, got)
 
