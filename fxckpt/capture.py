@@ -66,7 +66,7 @@ def capture(
         CaptureError: if a graph cannot reproduce the call exactly. The program, its random number
             generators and the module are left as they were.
     """
-    with LOCK:
+    with LOCK, invisible.outside_of_modes():  # modes of the caller see the operations that run
         before = Surroundings(module, fn)
         reads = set() if reads is None else reads
 

@@ -18,6 +18,7 @@ from torch.fx import Graph, Node
 
 from fxckpt import invisible, ops, tree
 from fxckpt.errors import CaptureError
+from fxckpt.escapes import nothing_kept_by_backward
 from fxckpt.holders import Prepared
 from fxckpt.joint import MAX_CONTRIBUTIONS, Joint, Primal, reachable
 from fxckpt.locks import LOCK
@@ -133,7 +134,9 @@ class Tape:
         leaves = [leaf for p in self.primals for leaf in p.leaves if leaf.requires_grad]
         found: dict[int, list[torch.Tensor]] = {}
         if outputs and leaves:
+            ours: list[Any] = [fakes, outputs, leaves]
             with (
+                self._nothing_kept(outputs, ours),
                 reported("backward"),
                 torch.autograd.set_detect_anomaly(False),
                 recorder.fake_mode,
@@ -141,6 +144,7 @@ class Tape:
                 autocast_as(key.autocast),
             ):
                 found = _gradients(outputs, leaves, fakes)
+                ours.extend(found.values())
         by_primal = {}
         for primal in self.primals:
             grads = [found[id(leaf)] for leaf in primal.leaves if id(leaf) in found]
@@ -148,6 +152,18 @@ class Tape:
                 raise CaptureError(f"{primal.name} is reached in two ways, one of them hidden")
             by_primal[primal.name] = tuple(recorder.node_for(g) for each in grads for g in each)
         return _extract(self, cotangents, by_primal, _nodes_after(last))
+
+    def _nothing_kept(
+        self, outputs: list[torch.Tensor], ours: list[Any]
+    ) -> contextlib.AbstractContextManager[None]:
+        """Watches over custom functions, `ours` being further lists of tensors."""
+
+        def structures() -> list[Any]:
+            mine = [*self.primals, *(p.leaves for p in self.primals), self.outputs]
+            return [*self.recorder.structures(), *mine, *ours]
+
+        custom = {type(n)._forward_cls: None for n in _autograd_nodes(outputs) if _is_custom(n)}
+        return nothing_kept_by_backward([*custom], self.recorder.tensors, structures)
 
     def _cotangents(self, key: BackwardKey) -> tuple[list[torch.Tensor], list[Node]]:
         fakes, nodes = [], []
@@ -196,6 +212,16 @@ def _edges_to(
 ) -> Iterator[tuple[Any, dict[int, int]]]:
     """The autograd nodes that contribute to leaves, with {position of the gradient: id of leaf}."""
     wanted = {id(leaf) for leaf in leaves}
+    for node in _autograd_nodes(outputs):
+        targets = [following for following, _ in node.next_functions]
+        variables = [getattr(t, "variable", None) for t in targets]  # of AccumulateGrad nodes
+        places = {i: id(v) for i, v in enumerate(variables) if v is not None}
+        places = {i: leaf for i, leaf in places.items() if leaf in wanted}
+        if places:
+            yield node, places
+
+
+def _autograd_nodes(outputs: list[torch.Tensor]) -> Iterator[Any]:
     seen: set[Any] = set()
     stack = [t.grad_fn for t in outputs]
     while stack:
@@ -203,13 +229,14 @@ def _edges_to(
         if node is None or node in seen:
             continue
         seen.add(node)
-        targets = [following for following, _ in node.next_functions]
-        variables = [getattr(t, "variable", None) for t in targets]  # of AccumulateGrad nodes
-        places = {i: id(v) for i, v in enumerate(variables) if v is not None}
-        places = {i: leaf for i, leaf in places.items() if leaf in wanted}
-        if places:
-            yield node, places
-        stack.extend(targets)
+        yield node
+        stack.extend(following for following, _ in node.next_functions)
+
+
+def _is_custom(node: Any) -> bool:
+    """Whether an autograd node runs Python of the program."""
+    custom = isinstance(node, torch._C._FunctionBase)
+    return custom and not type(node)._forward_cls.__module__.startswith("torch.")
 
 
 def _contribution_hook(

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from helpers import (
     MODELS,
     Block,
+    Counter,
     Function,
     Stack,
     assert_same,
@@ -848,3 +849,13 @@ def test_llama_of_seven_billion_parameters() -> None:
     assert all(p.grad is not None and p.grad.shape == p.shape for p in model.parameters())
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown < 2**20, f"grew by {grown / 1024:.0f} MiB"
+
+
+def test_modes_of_the_caller_do_not_see_captures() -> None:
+    model = fxckpt.rewrite(nn.Linear(2, 2), "nothing")
+    x, seen = torch.ones(1, 2), []
+    for _ in range(2):  # each call captures: the second to see whether it does the same
+        with Counter() as counter:
+            model(x)
+        seen.append(counter["addmm"])
+    assert seen == [1, 1]

@@ -420,3 +420,58 @@ def test_errors_of_the_program_are_not_logged(capfd, caplog) -> None:
         fxckpt.rewrite(model, "nothing", strict=True, example_inputs=(batch(3),))
     assert capfd.readouterr() == ("", "")
     assert caplog.records == []
+
+
+# --- backward -----------------------------------------------------------------------------------
+
+GRADIENTS: list[Any] = []
+LAST: dict[str, Any] = {}
+
+
+class Keeps(torch.autograd.Function):
+    """A custom function whose backward keeps what it gets."""
+
+    last: Any = None
+    calls = 0
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, how: str) -> Tensor:
+        ctx.how, ctx.x = how, x
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        if ctx.how == "list":
+            GRADIENTS.append(grad)
+        elif ctx.how == "dictionary":
+            LAST["grad"] = grad * 2
+        elif ctx.how == "class":
+            Keeps.last = [grad]
+        elif ctx.how == "count":
+            Keeps.calls += 1
+        return grad * ctx.x.cos(), None
+
+
+@pytest.mark.parametrize("how", ["list", "dictionary", "class", "count", "nothing"])
+def test_backward_keeps_what_it_keeps_in_eager(how: str) -> None:
+    results = []
+    for rewritten in (False, True):
+        GRADIENTS.clear()
+        LAST.clear()
+        Keeps.last, Keeps.calls = None, 0
+        seed_all(0)
+        model: nn.Module = Function(lambda m, x: Keeps.apply(x @ m.weight, how))
+        if rewritten:
+            model = fxckpt.rewrite(model, "nothing", strict=how == "nothing")
+        record: list[Any] = []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FallbackWarning)
+            for x in BATCHES:
+                model.zero_grad()
+                total(model(x)).backward()
+                record += [("", content(t)) for t in (model.weight.grad, *GRADIENTS)]
+                record += [("", content(t)) for t in (*LAST.values(), *(Keeps.last or ()))]
+                record.append(("calls", Keeps.calls))
+        results.append(record)
+    assert_same(*results)
+    Keeps.last = None

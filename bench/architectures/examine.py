@@ -150,7 +150,9 @@ def _shares(
     architecture: Architecture, whole: Callable[[], nn.Module], row: Row
 ) -> dict[str, float]:
     """The saving in parts, relative to that of the model which can be captured whole."""
-    reference = examine(dataclasses.replace(architecture, make=whole), tuple(row.ratios))
+    reference = examine(
+        dataclasses.replace(architecture, make=whole, whole=None), tuple(row.ratios)
+    )
     if reference.status != "whole":
         return {}
     return {p: (1 - r) / (1 - reference.ratios[p]) for p, r in row.ratios.items()}
