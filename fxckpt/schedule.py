@@ -102,6 +102,7 @@ class Scheduler:
         self._forward = forward
         self._always = reachable([*joint.outputs, *joint.writes.values(), *_effects(forward)])
         self._argument = {n for n in joint.graph.nodes if _is_always_handed_on(n)}
+        # Memory without contents is not worth keeping, whatever the policy says.
         self._blank = {n for n in forward if ops.is_blank(n)}
         needed = reachable([*self.wanted, *_effects(backward)], stop=_is_of_forward)
         self.backward = [n for n in backward if n in needed]
@@ -120,6 +121,10 @@ class Scheduler:
             made.states,
         )
 
+    def bare(self) -> Schedule:
+        """What runs whatever is saved: forward as if there were no backward, and backward alone."""
+        return Schedule(self._forward_steps([]), [*self.backward], [], set(), set(), {})
+
     def _forward_steps(self, residuals: list[Residual]) -> list[Step]:
         values = [r for r in residuals if isinstance(r, Node)]
         needed = self._always | reachable(values, stop=self._always.__contains__)
@@ -132,12 +137,13 @@ class Scheduler:
                 steps.append(node)
         return steps
 
+    def has_choice(self, node: Node) -> bool:
+        """Whether a forward value can be saved as well as recomputed."""
+        return is_value(node) and node not in self._argument and node not in self._blank
+
     def is_argument(self, node: Node, saved: Collection[Node]) -> bool:
         """Whether backward gets a primal or forward value handed in, if it needs it."""
-        if node in self._argument:
-            return True
-        # Memory without contents is not worth keeping, whatever the policy says.
-        return node in saved and node not in self._blank and is_value(node)
+        return node in self._argument or (node in saved and self.has_choice(node))
 
 
 class _Backward:

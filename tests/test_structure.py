@@ -49,6 +49,7 @@ LAYERS = (
     "schedule",
     "reinplace",
     "cost",
+    "ledger",
     "memory",
     "solve",
     "planner",
