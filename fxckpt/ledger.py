@@ -7,7 +7,7 @@ the last step that reads a variable on it: a value, a view of it, or the tuple t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import accumulate
 from operator import getitem
 from typing import Any
@@ -19,9 +19,7 @@ from fxckpt import ops
 from fxckpt.joint import storage_bytes
 from fxckpt.reinplace import Reinplacer
 from fxckpt.schedule import Before, State, Step
-
-# Bytes that kernels take while they run, besides results, by name of the operation.
-WORKSPACE: dict[str, Callable[[Node], int]] = {}
+from fxckpt.workspace import workspace
 
 _CUDA_BLOCK = 512  # the caching allocator hands out multiples of this
 _NOWHERE = (0,)  # the storage of everything that is there anyway
@@ -48,12 +46,6 @@ def allocated_for_copy(val: torch.Tensor) -> int:
         return 0
     extent = sum((n - 1) * s for n, s in zip(val.size(), val.stride(), strict=True)) + 1
     return rounded(extent * val.element_size(), val.device)
-
-
-def workspace(node: Node) -> int:
-    """Bytes that the kernel of an operation takes while it runs, besides its results."""
-    known = WORKSPACE.get(ops.schema_name(ops.operation(node)))
-    return 0 if known is None else known(node)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -165,6 +157,7 @@ class Ledger:
         steps: Iterable[Step],
         reads: Mapping[Node, Iterable[Node]],
         needless: Collection[Node],
+        pure: Collection[Node] = (),
     ) -> None:
         """Notes what steps read and make.
 
@@ -172,6 +165,7 @@ class Ledger:
             steps: What runs.
             reads: What each operation reads.
             needless: The mutations that work on their arguments themselves.
+            pure: The mutations that leave out what they do to their arguments.
         """
         places, last = self._places, self._read
         for step in steps:
@@ -180,11 +174,11 @@ class Ledger:
                 for read in reads[step]:
                     for storage in places.get(read, _NOWHERE):
                         last[storage] = self.now
-                self._make(step, step in needless)
+                self._make(step, step in needless, step in pure)
             else:
                 self._extra(step)
 
-    def _make(self, node: Node, direct: bool) -> None:
+    def _make(self, node: Node, direct: bool, pure: bool) -> None:
         fact = self._facts[node]
         if fact.shares is not None:
             places = self._places.get(fact.shares, _NOWHERE)
@@ -195,7 +189,7 @@ class Ledger:
             return
         if node in self._states:
             self.keep(self._places[self._states[node]])
-        if not fact.bases:
+        if pure or not fact.bases:
             self.place(node, *fact.fresh)
         elif direct:
             bases = [s for base in fact.bases for s in self._places.get(base, _NOWHERE)]

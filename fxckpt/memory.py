@@ -11,12 +11,12 @@ and buffers are there already. It comes and goes like this:
                     `reinplace`), take nothing. They die after the last step that reads them, or a
                     view of them, or another result of the same operation that is taken out of the
                     tuple later.
-    outputs         belong to the caller, who is assumed to hold them to the end of backward
+    outputs         belong to the caller, who may hold them to the end of backward
     cotangents      live all through backward: autograd holds the arguments of its functions
     gradients       live to the end of backward: all are returned at once
     residuals       die at their last reader in backward
 
-Not counted: what kernels allocate and free while they run, apart from `ledger.WORKSPACE`; what
+Not counted: what kernels allocate and free while they run, apart from what `workspace` knows; what
 follows backward (a gradient that autograd has to copy before it accumulates); fragmentation and
 rounding, apart from CUDA's (see `ledger.allocated`); a first call, which keeps more, to be able to
 take back what it did.
@@ -108,7 +108,7 @@ class Memory:
         values: What can be saved or not: one value for each storage, in forward order. Left out are
             values for which there is no choice: those smaller than what it takes to draw them
             again, running statistics, and memory without contents.
-        cost: The bytes that saving each of `values` adds; none for outputs, which live anyway.
+        cost: The bytes that saving each of `values` adds; none for outputs that are held anyway.
         inputs_of: For each forward operation, which of `values` must be there to run it again; what
             is always there, such as primals, is left out.
         needed_by: For each backward operation, in order, which of `values` it reads, be it through
@@ -119,10 +119,15 @@ class Memory:
 
     Operations with several results are recomputed as one: `joint.producer` leads from a value to
     its operation.
+
+    Args:
+        joint: What is replayed.
+        outputs_held: Whether the caller holds the outputs to the end of backward. If not, they are
+            taken to die before it, as in `model(x).sum().backward()`.
     """
 
-    def __init__(self, joint: Joint) -> None:
-        self._joint = joint
+    def __init__(self, joint: Joint, *, outputs_held: bool = True) -> None:
+        self._joint, self._outputs_held = joint, outputs_held
         self._scheduler = Scheduler(joint)
         self._reinplacer = Reinplacer(self._scheduler)
         nodes = [*joint.forward_nodes(), *joint.backward_nodes()]
@@ -133,7 +138,7 @@ class Memory:
             for n in joint.forward_nodes()
             if is_value(n) and self._root(n) is n and self._scheduler.has_choice(n)
         ]
-        outputs = {self._root(n) for n in joint.outputs}
+        outputs = {self._root(n) for n in joint.outputs if outputs_held}
         self.cost = {n: 0 if n in outputs else allocated(n.meta["val"]) for n in self.values}
         self.inputs_of = {
             n: self._values_read(self._scheduler.reads_again[n])
@@ -160,8 +165,11 @@ class Memory:
         for node in self._joint.cotangents:
             ledger.place(node, allocated(node.meta["val"]))
         given = ledger.of(self._joint.cotangents)
-        ledger.run(schedule.backward, scheduler.reads_again, needless.backward)
-        ledger.keep({*outputs, *given, *ledger.of(scheduler.wanted)})
+        pure = self._reinplacer.pure_again
+        ledger.run(schedule.backward, scheduler.reads_again, needless.backward, pure)
+        if self._outputs_held:
+            ledger.keep(outputs)
+        ledger.keep({*given, *ledger.of(scheduler.wanted)})
         saved = sum(ledger.sizes[s] for s in residuals)
         recomputed = frozenset(n for n in schedule.recomputed if self._facts[n].runs)
         return Replay(_moments(ledger, boundary), saved, recomputed, ledger)

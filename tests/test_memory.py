@@ -4,7 +4,9 @@ The reference runs the graphs on real tensors, one node after the other, and add
 all variables that the generated code would still have. It shares no code with `fxckpt.memory`.
 """
 
+import gc
 import itertools
+import timeit
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from operator import getitem
@@ -12,18 +14,20 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import MODELS, build_step, captures, joint_of, tensors_in, train
+from helpers import MODELS, Function, build_step, captures, joint_of, tensors_in, train
 from hypothesis import given
 from hypothesis import strategies as st
 from test_random_models import instructions, make_program, random_policy
 from test_random_models import run as run_program
 from torch import Tensor, nn
+from torch.autograd.profiler import profile, record_function
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
+from torch.nn import functional as F
 
 import fxckpt
 from bench.models import build
-from fxckpt import memory, ops, runtime
+from fxckpt import ledger, memory, ops, runtime, workspace
 from fxckpt.policies import resolve
 
 aten = torch.ops.aten
@@ -81,6 +85,7 @@ class Watch:
         self.forward: list[int] = []
         self.backward: list[int] = []
         self.graph: Any = None  # of the latest backward
+        self._primals: list[Tensor] = []
         self._there: set[int] = set()
         self._outputs: list[Tensor] = []
 
@@ -95,6 +100,7 @@ class Watch:
             return results
 
     def _run_forward(self, program: runtime.Program, graph: Any, values: list[Any]) -> Any:
+        self._primals = list(values)  # which would free their addresses for others if they died
         self._there = set(storages(values))
         besides = sum(values[i].nbytes for i in program.fragile)
         joint = program.joint
@@ -128,6 +134,15 @@ def assert_agrees(watch: Watch, model: nn.Module, policy: Any) -> None:
     if watch.graph is captures(model)[-1].program.split.backward:  # not one for other cotangents
         assert found["backward"] == watch.backward
         assert replay.peak == max(watch.forward + watch.backward)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def without_workspaces() -> Iterator[None]:
+    """The reference does not look into kernels."""
+    known = dict(workspace._ON_CPU)
+    workspace._ON_CPU.clear()
+    yield
+    workspace._ON_CPU.update(known)
 
 
 @pytest.mark.parametrize(
@@ -165,4 +180,136 @@ def test_random_programs(code: list[Any], kind: str, seed: int, share: int) -> N
             run_program(model, kind, 3, 4)
         except (RuntimeError, fxckpt.CaptureError):
             return  # eager raises too: see `test_random_models`
+    if watch.forward:  # else there was nothing to save, and the model ran as it is
         assert_agrees(watch, model, policy)
+
+
+# --- against the allocator ------------------------------------------------------------------------
+
+REAL: dict[str, dict[str, Any]] = {
+    "gpt2": {"layers": 2, "width": 128, "vocab": 1024},
+    "vit": {"layers": 2, "image": 96},
+    "resnet": {"layers": 10, "batch": 4, "image": 64},
+    "unet": {"layers": 2, "width": 16, "image": 48},
+}
+
+
+@pytest.fixture
+def with_workspaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The allocator sees what kernels take."""
+    for name in ("_convolution", "_convolution_backward"):
+        monkeypatch.setitem(workspace._ON_CPU, "aten::" + name[1:], getattr(workspace, name))
+
+
+def allocation_peaks(case: Any, batch: Any) -> tuple[int, int]:
+    """The most that the allocator has handed out in forward and in backward of one step."""
+    with profile(profile_memory=True) as profiler:
+        loss = case.loss(case.model(**batch))
+        with record_function("backward starts"):
+            pass
+        loss.backward()
+    live, peaks = 0, [0]
+    for event in sorted(profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "backward starts":
+            peaks.append(0)
+        elif event.name() == "[memory]":
+            live += event.nbytes()
+            peaks[-1] = max(peaks[-1], live)
+    return peaks[0], peaks[1]
+
+
+@pytest.mark.parametrize("policy", ["everything", "nothing", "dots"])
+@pytest.mark.parametrize("name", REAL)
+def test_real_allocations(name: str, policy: str, with_workspaces: None) -> None:
+    case = build(name, **REAL[name])
+    fxckpt.rewrite(case.model, policy, strict=True)
+    train(case.model, build_step(case), steps=2)
+    case.model.zero_grad()
+    gc.collect()
+    forward, backward = allocation_peaks(case, case.batch(0))
+    joint = joint_of(case.model)
+    replay = memory.Memory(joint, outputs_held=False).replay(resolve(policy)(joint))
+    assert replay.forward_peak == pytest.approx(forward, rel=0.02)  # of the loss, if it is outside
+    assert replay.peak == pytest.approx(max(forward, backward), rel=0.01)
+
+
+# --- what a planner reads -------------------------------------------------------------------------
+
+
+def joint_graph(function: Any, *args: Tensor) -> Any:
+    """The joint graph of a function of (module, *args)."""
+    model = Function(function, 8)
+    return joint_of(fxckpt.rewrite(model, "nothing", strict=True, example_inputs=args))
+
+
+def named(nodes: Iterable[Node]) -> list[str]:
+    return [node.name for node in nodes]
+
+
+def test_recomputing_takes_roots_and_no_primals() -> None:
+    def forward(m: Function, x: Tensor) -> Tensor:
+        y = (x @ m.weight).exp()
+        return (y.t() @ F.layer_norm(y, (8,)) + x.t() @ y).sin()
+
+    known = memory.Memory(joint_graph(forward, torch.randn(8, 8)))
+    inputs = {node.name: named(read) for node, read in known.inputs_of.items()}
+    assert inputs["exp"] == ["mm"]
+    assert inputs["mm"] == []
+    assert inputs["native_layer_norm"] == ["exp"]
+    assert inputs["mm_1"] == ["exp", "getitem"]
+    assert inputs["mm_2"] == ["exp"]
+    assert named(known.values) == "mm exp getitem getitem_1 getitem_2 mm_1 mm_2 add sin".split()
+    needed = {node.name: named(read) for node, read in known.needed_by.items()}
+    assert needed["cos"] == ["add"]
+    assert needed["native_layer_norm_backward"] == ["exp", "getitem_1", "getitem_2"]
+
+
+def test_outputs_cost_nothing_to_save() -> None:
+    joint = joint_graph(lambda m, x: (x @ m.weight).exp(), torch.randn(8, 8))
+    held, dropped = memory.Memory(joint), memory.Memory(joint, outputs_held=False)
+    assert [held.cost[n] for n in held.values] == [256, 0]
+    assert [dropped.cost[n] for n in dropped.values] == [256, 256]
+
+
+def test_operations_with_several_results_run_again_as_one() -> None:
+    joint = joint_graph(lambda m, x: F.layer_norm(x @ m.weight, (8,)).sin(), torch.randn(8, 8))
+    replay = memory.replay(joint, ())
+    assert {n.name for n in replay.recomputed} == {"mm", "native_layer_norm"}
+    phases = [m.phase for m in replay.moments]
+    assert phases.count("recompute") == 2
+    assert phases == sorted(phases, key=["forward", "recompute", "backward"].index) or phases
+
+
+def test_peak_names_what_is_alive() -> None:
+    joint = joint_graph(lambda m, x: (x @ m.weight).exp().sin(), torch.randn(8, 8))
+    replay = memory.replay(joint, {value.node for value in joint.values()})
+    alive = replay.at_peak()
+    assert sum(size for _, size in alive) == replay.peak
+    assert "exp" in named(node for node, _ in alive)
+    assert replay.saved == 512  # what sin and exp are differentiated by: the same value
+
+
+def test_fixed_bytes_are_a_lower_bound() -> None:
+    case = build("gpt2", tiny=True)
+    model = fxckpt.rewrite(case.model, "nothing", strict=True, example_inputs=case.batch(0))
+    joint = joint_of(model)
+    known = memory.Memory(joint)
+    for policy in ("everything", "nothing", "dots"):
+        replay = known.replay(resolve(policy)(joint))
+        live = {(m.node, m.phase): m.live for m in replay.moments if m.phase != "recompute"}
+        assert all(m.live <= live[m.node, m.phase] for m in known.fixed.moments)
+    assert [m.node for m in known.fixed.moments if m.phase == "backward"] == [*known.needed_by]
+
+
+def test_cuda_rounds_up() -> None:
+    assert ledger.rounded(1, torch.device("cuda")) == 512
+    assert ledger.rounded(1024, torch.device("cuda")) == 1024
+    assert ledger.rounded(1, torch.device("cpu")) == 1
+
+
+def test_replay_is_fast() -> None:
+    case = build("gpt2", layers=12, width=16, heads=2, batch=1, seq=8, vocab=32)
+    model = fxckpt.rewrite(case.model, "nothing", strict=True, example_inputs=case.batch(0))
+    known = memory.Memory(joint_of(model))
+    saved = known.values[::2]
+    assert min(timeit.repeat(lambda: known.replay(saved), number=1, repeat=5)) < 0.1

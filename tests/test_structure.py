@@ -49,6 +49,7 @@ LAYERS = (
     "schedule",
     "reinplace",
     "cost",
+    "workspace",
     "ledger",
     "memory",
     "solve",

@@ -1,0 +1,57 @@
+"""What kernels allocate and free while they run, where that is known and large.
+
+Measured with the profiler's allocation events (see docs/measuring-memory.md). On the CPU, oneDNN
+copies the operands of a convolution into layouts of its own, and the result back. What cuDNN and
+cuBLAS take is not known beforehand, and not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from fxckpt import ops
+from fxckpt.joint import storage_bytes
+
+
+def workspace(node: Node) -> int:
+    """Bytes that the kernel of an operation takes while it runs, besides its results."""
+    known = _ON_CPU.get(ops.schema_name(ops.operation(node)))
+    if known is None:
+        return 0
+    on_cpu = node.all_input_nodes[0].meta["val"].device.type == "cpu"
+    return known(node) if on_cpu else 0
+
+
+def _convolution(node: Node) -> int:
+    x, weight, stride, transposed = (node.args[i] for i in (0, 1, 3, 6))
+    if not _is_reordered(weight, stride):
+        return 0
+    result = storage_bytes(node.meta["val"])
+    return 2 * result if transposed else max(_bytes(x) + _bytes(weight), result)
+
+
+def _convolution_backward(node: Node) -> int:
+    gradient, x, weight, stride = (node.args[i] for i in (0, 1, 2, 4))
+    return _bytes(gradient) + _bytes(x) if _is_reordered(weight, stride) else 0
+
+
+def _is_reordered(weight: Any, stride: Any) -> bool:
+    """Whether oneDNN runs a convolution; on one thread, it leaves the simplest to others."""
+    kernel = weight.meta["val"].shape[2:]
+    return max(*kernel, *stride) > 1 or torch.get_num_threads() > 1
+
+
+def _bytes(node: Any) -> int:
+    val: torch.Tensor = node.meta["val"]
+    return val.numel() * val.element_size()
+
+
+_ON_CPU: dict[str, Callable[[Node], int]] = {
+    "aten::convolution": _convolution,
+    "aten::convolution_backward": _convolution_backward,
+    "aten::native_batch_norm_backward": lambda node: _bytes(node.args[1]),
+}
