@@ -35,8 +35,14 @@ def _convolution(node: Node) -> int:
 
 
 def _convolution_backward(node: Node) -> int:
+    """Copies of both operands for the gradient of the weight, or copies of one of the results."""
+    stride: Any
     gradient, x, weight, stride = (node.args[i] for i in (0, 1, 2, 4))
-    return _bytes(gradient) + _bytes(x) if _is_reordered(weight, stride) else 0
+    if not _is_reordered(weight, stride):
+        return 0
+    size, weights = _bytes(x), _bytes(weight)
+    copies = 2 if max(stride) > 1 else 1  # of the gradient of x, before that of the weight is there
+    return max(_bytes(gradient) + size, copies * size - weights, weights)
 
 
 def _is_reordered(weight: Any, stride: Any) -> bool:

@@ -4,6 +4,7 @@ The reference runs the graphs on real tensors, one node after the other, and add
 all variables that the generated code would still have. It shares no code with `fxckpt.memory`.
 """
 
+import dataclasses
 import gc
 import itertools
 import timeit
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 from test_random_models import instructions, make_program, random_policy
 from test_random_models import run as run_program
 from torch import Tensor, nn
-from torch.autograd.profiler import profile, record_function
+from torch.autograd.profiler import profile
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 from torch.nn import functional as F
@@ -188,8 +189,8 @@ def test_random_programs(code: list[Any], kind: str, seed: int, share: int) -> N
 
 REAL: dict[str, dict[str, Any]] = {
     "gpt2": {"layers": 2, "width": 128, "vocab": 1024},
-    "vit": {"layers": 2, "image": 96},
-    "resnet": {"layers": 10, "batch": 4, "image": 64},
+    "vit": {"layers": 2},
+    "resnet": {"layers": 10},
     "unet": {"layers": 2, "width": 16, "image": 48},
 }
 
@@ -201,36 +202,26 @@ def with_workspaces(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(workspace._ON_CPU, "aten::" + name[1:], getattr(workspace, name))
 
 
-def allocation_peaks(case: Any, batch: Any) -> tuple[int, int]:
-    """The most that the allocator has handed out in forward and in backward of one step."""
+def allocation_peak(case: Any, batch: Any) -> int:
+    """The most that the allocator has handed out at any moment of one step."""
     with profile(profile_memory=True) as profiler:
-        loss = case.loss(case.model(**batch))
-        with record_function("backward starts"):
-            pass
-        loss.backward()
-    live, peaks = 0, [0]
-    for event in sorted(profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "backward starts":
-            peaks.append(0)
-        elif event.name() == "[memory]":
-            live += event.nbytes()
-            peaks[-1] = max(peaks[-1], live)
-    return peaks[0], peaks[1]
+        case.loss(case.model(**batch)).backward()
+    events = sorted(profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    return max(itertools.accumulate(e.nbytes() for e in events if e.name() == "[memory]"))
 
 
 @pytest.mark.parametrize("policy", ["everything", "nothing", "dots"])
 @pytest.mark.parametrize("name", REAL)
 def test_real_allocations(name: str, policy: str, with_workspaces: None) -> None:
     case = build(name, **REAL[name])
-    fxckpt.rewrite(case.model, policy, strict=True)
+    case = dataclasses.replace(case, model=fxckpt.rewrite(case.model, policy, strict=True))
     train(case.model, build_step(case), steps=2)
     case.model.zero_grad()
     gc.collect()
-    forward, backward = allocation_peaks(case, case.batch(0))
+    peak = allocation_peak(case, case.batch(0))
     joint = joint_of(case.model)
     replay = memory.Memory(joint, outputs_held=False).replay(resolve(policy)(joint))
-    assert replay.forward_peak == pytest.approx(forward, rel=0.02)  # of the loss, if it is outside
-    assert replay.peak == pytest.approx(max(forward, backward), rel=0.01)
+    assert replay.peak == pytest.approx(peak, rel=0.01)
 
 
 # --- what a planner reads -------------------------------------------------------------------------
@@ -275,9 +266,7 @@ def test_operations_with_several_results_run_again_as_one() -> None:
     joint = joint_graph(lambda m, x: F.layer_norm(x @ m.weight, (8,)).sin(), torch.randn(8, 8))
     replay = memory.replay(joint, ())
     assert {n.name for n in replay.recomputed} == {"mm", "native_layer_norm"}
-    phases = [m.phase for m in replay.moments]
-    assert phases.count("recompute") == 2
-    assert phases == sorted(phases, key=["forward", "recompute", "backward"].index) or phases
+    assert [m.phase for m in replay.moments].count("recompute") == 2
 
 
 def test_peak_names_what_is_alive() -> None:
@@ -286,7 +275,7 @@ def test_peak_names_what_is_alive() -> None:
     alive = replay.at_peak()
     assert sum(size for _, size in alive) == replay.peak
     assert "exp" in named(node for node, _ in alive)
-    assert replay.saved == 512  # what sin and exp are differentiated by: the same value
+    assert replay.saved == 256  # what sin and exp are differentiated by: the same value
 
 
 def test_fixed_bytes_are_a_lower_bound() -> None:
