@@ -7,7 +7,7 @@ the last step that reads a variable on it: a value, a view of it, or the tuple t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from operator import getitem
 from typing import Any
@@ -19,7 +19,7 @@ from fxckpt import ops
 from fxckpt.joint import storage_bytes
 from fxckpt.reinplace import Reinplacer
 from fxckpt.schedule import Before, State, Step
-from fxckpt.workspace import workspace
+from fxckpt.workspace import oversized, workspace
 
 _CUDA_BLOCK = 512  # the caching allocator hands out multiples of this
 _NOWHERE = (0,)  # the storage of everything that is there anyway
@@ -28,6 +28,12 @@ _NOWHERE = (0,)  # the storage of everything that is there anyway
 def allocated(val: torch.Tensor) -> int:
     """Bytes that the allocator of its device hands out for the storage of a (fake) tensor."""
     return rounded(storage_bytes(val), val.device)
+
+
+def allocated_for_result(node: Node, result: torch.Tensor) -> int:
+    """The same for a result of an operation."""
+    size = oversized(node)
+    return allocated(result) if size is None else rounded(size, result.device)
 
 
 def rounded(size: int, device: torch.device) -> int:
@@ -88,20 +94,29 @@ class Fact:
         return Fact(
             None,
             None,
-            tuple(_sizes(results[:count])),
+            tuple(_sizes(node, results[:count])),
             tuple(allocated_for_copy(result) for result in results[count:]),
             tuple(bases),
             workspace(node),
         )
 
 
-def _sizes(results: Iterable[torch.Tensor | None]) -> Iterator[int]:
+def _sizes(node: Node, results: Sequence[torch.Tensor | None]) -> Iterator[int]:
     """Bytes that each result adds; those that are another one once more add none."""
     seen = set()
-    for result in results:
-        storage = None if result is None else result.untyped_storage()._cdata
-        yield 0 if result is None or storage in seen else allocated(result)
-        seen.add(storage)
+    for result, wanted in zip(results, _output_mask(node, len(results)), strict=True):
+        if result is None or not wanted or (key := result.untyped_storage()._cdata) in seen:
+            yield 0
+        else:
+            seen.add(key)
+            yield allocated_for_result(node, result)
+
+
+def _output_mask(node: Node, count: int) -> Sequence[bool]:
+    """Which results are computed: backward operations that leave that open say so at the end."""
+    mask: Any = node.args[-1] if node.args else None
+    is_mask = isinstance(mask, (list, tuple)) and all(isinstance(each, bool) for each in mask)
+    return mask if is_mask and len(mask) == count else [True] * count
 
 
 class Ledger:

@@ -32,7 +32,7 @@ from torch.fx import Node
 
 from fxckpt import ops
 from fxckpt.joint import Joint, is_value
-from fxckpt.ledger import Fact, Ledger, allocated, allocated_for_state
+from fxckpt.ledger import Fact, Ledger, allocated, allocated_for_result, allocated_for_state
 from fxckpt.reinplace import Reinplacer
 from fxckpt.schedule import Schedule, Scheduler, read_before_written
 
@@ -83,7 +83,7 @@ class Replay:
         return max((m.live for m in self.moments if m.phase != "forward"), default=0)
 
     def at_peak(self) -> list[tuple[Node, int]]:
-        """What lives when the most does, largest first: the first node on each storage, bytes."""
+        """The first value on each storage that lives at the peak, and its bytes; largest first."""
         if not self.moments:
             return []
         index = max(range(len(self.moments)), key=lambda i: self.moments[i].live)
@@ -139,7 +139,9 @@ class Memory:
             if is_value(n) and self._root(n) is n and self._scheduler.has_choice(n)
         ]
         outputs = {self._root(n) for n in joint.outputs if outputs_held}
-        self.cost = {n: 0 if n in outputs else allocated(n.meta["val"]) for n in self.values}
+        self.cost = {
+            n: 0 if n in outputs else allocated_for_result(n, n.meta["val"]) for n in self.values
+        }
         self.inputs_of = {
             n: self._values_read(self._scheduler.reads_again[n])
             for n in joint.forward_nodes()

@@ -1,4 +1,4 @@
-"""What kernels allocate and free while they run, where that is known and large.
+"""What kernels allocate besides results that look as they should, where that is known and large.
 
 Measured with the profiler's allocation events (see docs/measuring-memory.md). On the CPU, oneDNN
 copies the operands of a convolution into layouts of its own, and the result back. What cuDNN and
@@ -24,6 +24,17 @@ def workspace(node: Node) -> int:
         return 0
     on_cpu = node.all_input_nodes[0].meta["val"].device.type == "cpu"
     return known(node) if on_cpu else 0
+
+
+def oversized(node: Node) -> int | None:
+    """Bytes of the result of an operation, if its storage is larger than what is seen of it.
+
+    These losses make room for an element each, and reduce in place; fake kernels do not.
+    """
+    if ops.schema_name(node.target) not in ("aten::mse_loss", "aten::smooth_l1_loss"):
+        return None
+    operands = torch.broadcast_shapes(*(value.meta["val"].shape for value in node.all_input_nodes))
+    return operands.numel() * node.meta["val"].element_size()
 
 
 def _convolution(node: Node) -> int:

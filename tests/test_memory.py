@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import MODELS, Function, build_step, captures, joint_of, tensors_in, train
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from test_random_models import instructions, make_program, random_policy
 from test_random_models import run as run_program
@@ -173,6 +173,9 @@ def test_random_decisions(name: str) -> None:
     seed=st.integers(0, 9),
     share=st.integers(0, 4),
 )
+@example(code=[("loss", 0, 0, 0)], kind="leaf", seed=0, share=0)  # larger than it looks
+@example(code=[("fill_new", 0, 1, 0), ("batch_norm", 2, 0, 2)], kind="plain", seed=0, share=0)
+@example(code=[("conv", 0, 0, 1), ("dropout_in_place", 0, 0, 0)], kind="leaf", seed=0, share=0)
 def test_random_programs(code: list[Any], kind: str, seed: int, share: int) -> None:
     policy = random_policy(seed, share)
     model = fxckpt.rewrite(make_program(code, 4), policy, strict=True)
