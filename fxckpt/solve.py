@@ -2,32 +2,32 @@
 
 NOTE [The program]
 
-Every value v that could be saved gets a variable s(v), every forward operation o a variable r(o),
-both between 0 and 1: v is saved, o runs again.
+Every value v that could be saved gets a variable s(v), every forward operation o a variable r(o):
+v is saved, o runs again.
 
     minimise    sum of seconds(o) r(o)
-    subject to  s(v) + r(o) >= 1        for each v = result of o that backward reads
-                r(o) <= s(u) + r(p)     for each operand u = result of p that o reads
+    subject to  s(v) + r(o) >= 1        for each v, result of o, that backward reads
+                r(o) <= s(u) + r(p)     for each operand u, result of p, that o reads
                 live(t) <= budget       at each moment t of forward and of backward
 
-What lives at a moment is linear in s and r once it is known when each value would be there (its
-`Spans`). That depends a little on the decisions themselves: an operand that is computed again is
-there from the moment at which the first operation that runs again needs it. There are two ways:
+What lives at a moment, besides what lives in any case: in forward, what is saved and was made
+before; in backward, what is saved up to the last time that backward reads it, and what is computed
+again from the first to the last time. No decision can do with less, so the optimum of the program,
+fractions allowed, is a bound for all of them.
 
-    direct spans    from the first to the last time that backward itself reads it. No decision can
-                    do with less, so the optimum of this program is a bound for all of them.
-    spans of a plan as they are under given decisions. The next program, with these spans and with
-                    the difference to the exact replay at each moment taken off the budget, is right
-                    about all plans that are like this one; so a few rounds settle.
+Decisions may need more. What is saved as an operand of something that runs again waits for that: a
+`patient` program counts it up to the time when backward reads the results, which is no bound, but
+nearly right for plans. The rest shows when a plan is replayed (see `search`); the program is then
+solved for a little less.
 
-Rows of moments are added only when a solution would violate them (cutting planes): a few dozen of
-thousands matter. Solved by HiGHS through `scipy.optimize`.
+Rows of moments are added only when a solution would violate them (cutting planes): of thousands, a
+few dozen matter. Solved by HiGHS through `scipy.optimize`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +37,8 @@ from scipy.sparse import csr_matrix, vstack
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
-_MOST_ROUNDS, _MOST_ROWS = 40, 24  # of cutting planes, and how many are added in each
+_MOST_CUTS = 24  # rows that one round of cutting planes adds
+_TOLERANCE = 1e-6  # of the budget
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +51,7 @@ class Problem:
         seconds: Of each operation, if it runs again.
         operands: The values that each operation reads.
         reads: The values that each moment of backward reads.
-        made: The moment of forward at which each value is made.
-        last: The last moment of forward that reads it.
+        last: The last moment of forward at which each value lives in any case.
         forward: Bytes that live at each moment of forward, whatever is decided.
         backward: Likewise.
     """
@@ -61,181 +61,162 @@ class Problem:
     seconds: Floats
     operands: Sequence[Sequence[int]]
     reads: Sequence[Sequence[int]]
-    made: Ints
     last: Ints
     forward: Floats
     backward: Floats
 
 
 @dataclasses.dataclass(frozen=True)
-class Spans:
-    """Moments of backward: how long a value is there if it is saved, and if it is computed again.
-
-    A value that is not there at all ends before it begins.
-    """
-
-    saved_until: Ints
-    again_from: Ints
-    again_until: Ints
-
-
-def direct_spans(problem: Problem) -> Spans:
-    """What backward itself reads: no decision can do with less."""
-    count, end = len(problem.sizes), len(problem.backward)
-    first, last = np.full(count, end), np.full(count, -1)
-    for moment, values in enumerate(problem.reads):
-        for v in values:
-            first[v] = min(first[v], moment)
-            last[v] = moment
-    return Spans(last, first, last)
-
-
-def spans_under(problem: Problem, saved: Sequence[bool]) -> Spans:
-    """The spans if `saved` is saved, each for itself if its own decision were another one."""
-    direct = direct_spans(problem)
-    first, last = direct.again_from.copy(), direct.again_until.copy()
-    saved_until = direct.saved_until.copy()
-    needed = np.zeros(len(problem.seconds), bool)  # operations that run again
-    earliest = np.full(len(problem.seconds), len(problem.backward))  # and when, if they do
-    results: list[list[int]] = [[] for _ in problem.seconds]
-    for v, o in enumerate(problem.producer):
-        results[o].append(v)
-    for o in range(len(problem.seconds) - 1, -1, -1):
-        for v in results[o]:
-            earliest[o] = min(earliest[o], first[v])
-            needed[o] |= not saved[v] and last[v] >= 0
-        if needed[o]:
-            for u in problem.operands[o]:
-                first[u] = min(first[u], earliest[o])
-                last[u] = max(last[u], earliest[o])
-                saved_until[u] = max(saved_until[u], earliest[o])
-    return Spans(saved_until, first, last)
-
-
-@dataclasses.dataclass(frozen=True)
 class Solution:
-    """An optimum of the program.
+    """An optimum, fractions allowed.
 
     Attributes:
         saved: s(v).
-        again: r(o).
-        seconds: What it minimised.
+        seconds: What it minimised: no decision within the budget can do with less.
     """
 
     saved: Floats
-    again: Floats
     seconds: float
 
 
 class Program:
-    """The linear program for one problem and one set of spans."""
+    """The program of one problem; cuts are kept for the next budget.
 
-    def __init__(self, problem: Problem, spans: Spans) -> None:
-        self.problem, self.spans = problem, spans
+    Args:
+        problem: The numbers.
+        patient: See the note. If not, the optimum is a bound.
+    """
+
+    def __init__(self, problem: Problem, *, patient: bool = False) -> None:
+        self.problem = problem
         self._values, self._operations = len(problem.sizes), len(problem.seconds)
+        self._first, self._last = self._needs()
+        self._until = self._last
+        # What is one of several results is taken to be there only if its operation runs again and
+        # it is not saved itself: a variable of its own.
+        results = np.bincount(problem.producer, minlength=self._operations)
+        several = np.flatnonzero((results[problem.producer] > 1) & (self._last >= 0))
+        self._again = self._values + problem.producer.copy()
+        self._again[several] = self._values + self._operations + np.arange(len(several))
+        self._columns = self._values + self._operations + len(several)
+        self._several = several
+        if patient:
+            self._until = self._waited_for()
         self._logic, self._logic_bounds = self._logic_rows()
-        self._rows: dict[int, csr_matrix] = {}  # of moments, forward first
+        self._objective = self._costs()
+        self._cuts: dict[int, csr_matrix] = {}  # by moment, those of forward first
 
-    def solve(self, budgets: Floats, tie: float = 1e-6) -> Solution | None:
-        """The optimum, or None if nothing fits.
-
-        Args:
-            budgets: Bytes for each moment, those of forward first.
-            tie: Seconds for all bytes saved: the weight of saving less, all else being equal.
-        """
+    def solve(self, budget: float) -> Solution | None:
+        """The optimum for a budget in bytes; None if nothing fits."""
         problem = self.problem
-        total = max(problem.sizes.sum(), 1.0)
-        weight = tie * max(problem.seconds.sum(), 1e-12) / total
-        objective = np.concatenate([weight * problem.sizes, problem.seconds])
         fixed = np.concatenate([problem.forward, problem.backward])
-        room = budgets - fixed
-        if (room < -1e-9 * np.maximum(budgets, 1)).any():
+        if fixed.max(initial=0.0) > budget:
             return None
-        for _ in range(_MOST_ROUNDS):
-            chosen = sorted(self._rows)
-            matrix = vstack([self._logic, *(self._rows[t] for t in chosen)], format="csr")
-            scale = np.maximum(budgets[chosen], 1) if chosen else np.empty(0)
-            bounds = np.concatenate([self._logic_bounds, room[chosen] / scale])
-            if chosen:
-                matrix = self._scaled(matrix, len(self._logic_bounds), scale)
-            found = linprog(objective, matrix, bounds, bounds=(0, 1), method="highs")
+        while True:
+            chosen = sorted(self._cuts)
+            matrix = vstack([self._logic, *(self._cuts[t] / budget for t in chosen)], format="csr")
+            room = (budget - fixed[chosen]) / budget
+            bounds = np.concatenate([self._logic_bounds, room])
+            found = linprog(self._objective, matrix, bounds, bounds=(0, 1), method="highs")
             if found.x is None:
                 return None
-            s, r = found.x[: self._values], found.x[self._values :]
-            over = self.live(s, r) - budgets
-            if not self._add_rows(over, 1e-6 * np.maximum(budgets, 1)):
+            if not self._cut(self._live(found.x) - budget, budget):
                 break
-        return Solution(s, r, float(problem.seconds @ r))
+        s = found.x[: self._values]
+        again = found.x[self._values : self._values + self._operations]
+        return Solution(s, float(problem.seconds @ again))
 
-    @staticmethod
-    def _scaled(matrix: csr_matrix, start: int, scale: Floats) -> csr_matrix:
-        factors = np.concatenate([np.ones(start), 1 / scale])
-        scaled = matrix.copy()
-        scaled.data = scaled.data * np.repeat(factors, np.diff(scaled.indptr))
-        return scaled
+    def _cut(self, over: Floats, budget: float) -> bool:
+        """Adds rows for the moments that are over most; whether there are any."""
+        left, right = np.append(-np.inf, over[:-1]), np.append(over[1:], -np.inf)
+        tops = np.flatnonzero((over > _TOLERANCE * budget) & (over >= left) & (over >= right))
+        new = [int(t) for t in tops if int(t) not in self._cuts]
+        new.sort(key=lambda t: -over[t])
+        for t in new[:_MOST_CUTS]:
+            self._cuts[t] = self._row(t)
+        return bool(new)
 
-    def live(self, s: Floats, r: Floats) -> Floats:
+    def _live(self, x: Floats) -> Floats:
         """Bytes at each moment, those of forward first."""
-        problem, spans, sizes = self.problem, self.spans, self.problem.sizes
-        forward = _sums(len(problem.forward), problem.last + 1, None, sizes * s)
-        backward = _sums(len(problem.backward), None, spans.saved_until, sizes * s)
-        again = sizes * r[problem.producer]
-        backward += _sums(len(problem.backward), spans.again_from, spans.again_until, again)
+        problem, sizes = self.problem, self.problem.sizes
+        saved, again = sizes * x[: self._values], sizes * x[self._again]
+        ahead, behind = len(problem.forward), len(problem.backward)
+        forward = _sums(ahead, problem.last + 1, np.full(self._values, ahead), saved)
+        backward = _sums(behind, np.zeros(self._values, int), self._until + 1, saved)
+        backward += _sums(behind, self._first, self._last + 1, again)
         return np.concatenate([problem.forward + forward, problem.backward + backward])
 
-    # -- rows
+    def _row(self, moment: int) -> csr_matrix:
+        problem, sizes = self.problem, self.problem.sizes
+        row = np.zeros(self._columns)
+        t = moment - len(problem.forward)
+        there = problem.last < moment if t < 0 else self._until >= t
+        row[: self._values][there] = sizes[there]
+        if t >= 0:
+            there = (self._first <= t) & (t <= self._last)
+            np.add.at(row, self._again[there], sizes[there])
+        return csr_matrix(row)
+
+    def _needs(self) -> tuple[Ints, Ints]:
+        """The first and the last moment at which backward reads each value."""
+        first = np.full(self._values, len(self.problem.backward))
+        last = np.full(self._values, -1)
+        for moment, values in enumerate(self.problem.reads):
+            for v in values:
+                first[v] = min(first[v], moment)
+                last[v] = moment
+        return first, last
+
+    def _waited_for(self) -> Ints:
+        """When the last operation that reads each value would run again, if it is later."""
+        problem, until = self.problem, self._last.copy()
+        own = np.full(self._operations, len(problem.backward))  # when results are read first
+        for v, o in enumerate(problem.producer):
+            own[o] = min(own[o], self._first[v])
+        waiting = np.full(self._operations, -1)  # or else, when readers run last
+        for o in range(self._operations - 1, -1, -1):
+            when = int(own[o]) if own[o] < len(problem.backward) else int(waiting[o])
+            for u in problem.operands[o]:
+                p = int(problem.producer[u])
+                waiting[p] = max(waiting[p], when)
+                until[u] = max(until[u], when)
+        return until
 
     def _logic_rows(self) -> tuple[csr_matrix, Floats]:
         """The rows that do not concern memory, as matrix x <= bounds."""
+        rows = [*self._logic_row()]
+        entries = [(i, c, f) for i, (row, _) in enumerate(rows) for c, f in row]
+        i, c, f = zip(*entries, strict=True) if entries else ((), (), ())
+        matrix = csr_matrix((f, (i, c)), shape=(len(rows), self._columns))
+        return matrix, np.array([bound for _, bound in rows])
+
+    def _logic_row(self) -> Iterator[tuple[list[tuple[int, float]], float]]:
         problem, n = self.problem, self._values
-        entries: list[tuple[int, int, float]] = []
-        bounds: list[float] = []
-        for v in sorted({v for values in problem.reads for v in values}):
-            row = len(bounds)
-            entries += [(row, v, -1.0), (row, n + int(problem.producer[v]), -1.0)]
-            bounds.append(-1.0)
+        for v in np.flatnonzero(self._last >= 0):
+            yield [(int(v), -1.0), (n + int(problem.producer[v]), -1.0)], -1.0
         for o, operands in enumerate(problem.operands):
             for u in operands:
                 p = int(problem.producer[u])
                 if p != o:
-                    row = len(bounds)
-                    entries += [(row, n + o, 1.0), (row, u, -1.0), (row, n + p, -1.0)]
-                    bounds.append(0.0)
-        rows, columns, data = zip(*entries, strict=True) if entries else ((), (), ())
-        shape = (len(bounds), n + self._operations)
-        return csr_matrix((data, (rows, columns)), shape=shape), np.asarray(bounds)
+                    yield [(n + o, 1.0), (u, -1.0), (n + p, -1.0)], 0.0
+        for v in self._several:
+            o = int(problem.producer[v])
+            yield [(n + o, 1.0), (int(v), -1.0), (int(self._again[v]), -1.0)], 0.0
 
-    def _add_rows(self, over: Floats, tolerance: Floats) -> bool:
-        """Adds rows for the moments that a solution violates most; whether there were any."""
-        left, right = np.append(-np.inf, over[:-1]), np.append(over[1:], -np.inf)
-        tops = np.flatnonzero((over > tolerance) & (over >= left) & (over >= right))
-        new = [int(t) for t in tops if int(t) not in self._rows]
-        new.sort(key=lambda t: -over[t])
-        for t in new[:_MOST_ROWS]:
-            self._rows[t] = self._row(t)
-        return bool(new)
-
-    def _row(self, moment: int) -> csr_matrix:
-        problem, spans, sizes = self.problem, self.spans, self.problem.sizes
-        row = np.zeros(self._values + self._operations)
-        t = moment - len(problem.forward)
-        if t < 0:
-            there = problem.last < moment
-            row[: self._values][there] = sizes[there]
-            return csr_matrix(row)
-        there = spans.saved_until >= t
-        row[: self._values][there] = sizes[there]
-        there = (spans.again_from <= t) & (t <= spans.again_until)
-        np.add.at(row, self._values + problem.producer[there], sizes[there])
-        return csr_matrix(row)
+    def _costs(self) -> Floats:
+        """Seconds; and so little for each byte saved that it decides only between equals."""
+        problem = self.problem
+        costs = np.zeros(self._columns)
+        costs[self._values : self._values + self._operations] = problem.seconds
+        weight = 1e-6 * problem.seconds.sum() / max(problem.sizes.sum(), 1.0)
+        costs[: self._values] = weight * problem.sizes
+        return costs
 
 
-def _sums(count: int, first: Ints | None, last: Ints | None, amounts: Floats) -> Floats:
-    """Sums of amounts that are there from their first to their last moment, at each moment."""
+def _sums(count: int, begin: Ints, end: Ints, amounts: Floats) -> Floats:
+    """At each moment, the sum of the amounts that have begun and not ended."""
     change = np.zeros(count + 1)
-    start = np.zeros(len(amounts), int) if first is None else np.minimum(first, count)
-    end = np.full(len(amounts), count) if last is None else np.minimum(last + 1, count)
-    present = start < end
-    np.add.at(change, start[present], amounts[present])
+    present = begin < end
+    np.add.at(change, begin[present], amounts[present])
     np.add.at(change, end[present], -amounts[present])
     return np.cumsum(change[:-1])
