@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable
@@ -87,6 +88,7 @@ class Captures:
         Raises:
             CaptureError: instead of returning it, if the option `strict` is set.
         """
+        handled = sys.exc_info()[1]
         with LOCK:
             try:
                 call = Call.of(args, kwargs)
@@ -94,7 +96,7 @@ class Captures:
             except CaptureError as error:
                 if self._options.strict:
                     raise
-                let_go_of_frames(error)
+                let_go_of_frames(error, handled)
                 return error.at(error.path, error.source), []
             if found is not None:
                 prepare(found.tape.prepared)

@@ -13,6 +13,8 @@ Every message says what was called, what was expected, what came, and what to do
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 
 class FxckptError(Exception):
     """Base of all exceptions that fxckpt raises on its own account."""
@@ -51,12 +53,20 @@ class CaptureError(FxckptError):
         )
 
 
-def let_go_of_frames(error: BaseException) -> None:
+def with_causes(error: BaseException, handled: BaseException | None) -> Iterator[BaseException]:
+    """An error and what led to it, but not what was being `handled` when it all began."""
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and link is not handled and id(link) not in seen:
+        seen.add(id(link))
+        yield link
+        link = link.__cause__ or link.__context__
+
+
+def let_go_of_frames(error: BaseException, handled: BaseException | None) -> None:
     """Drops the tracebacks of an error and its causes: their frames keep tensors, and the error."""
-    chain: BaseException | None = error
-    while chain is not None:
-        chain.__traceback__ = None
-        chain = chain.__cause__ or chain.__context__
+    for each in with_causes(error, handled):
+        each.__traceback__ = None
 
 
 class PolicyError(FxckptError, ValueError):

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fxckpt.errors import CaptureError
+from fxckpt.errors import CaptureError, with_causes
 from fxckpt.holders import GONE, LRU, Surroundings, is_namespace, keys, replace
 
 # What refers to these is in no object.
@@ -197,10 +197,12 @@ class Escapes:
     @contextlib.contextmanager
     def removed_on_failure(self) -> Iterator[None]:
         """If what it surrounds raises, nothing of the capture stays behind."""
+        handled = sys.exc_info()[1]
         try:
             yield
         except BaseException as error:
-            _forget_locals(error)
+            for each in with_causes(error, handled):  # frames refer to tensors of the capture
+                traceback.clear_frames(each.__traceback__)
             self.remove(self.find() if self.found is None else self.found)
             raise
 
@@ -251,18 +253,6 @@ def _is_passing(referrer: Any) -> bool:
     if kind.__module__.startswith((f"{_PACKAGE}.", "torch.fx.")):
         return True
     return issubclass(kind, torch._C._FunctionBase)
-
-
-def _forget_locals(error: BaseException | None) -> None:
-    """Clears the local variables of the frames that an exception, and what caused it, went through.
-
-    They refer to the tensors of the capture.
-    """
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
 
 
 def _references_of_autograd() -> int:

@@ -201,7 +201,8 @@ class Surroundings:
                         prepared.append((holder, name, now[name]))
                 different = [k for k in different if (k not in {p[1] for p in prepared})]
             else:
-                different = [*_differences(then, now)]
+                in_order = not issubclass(type(holder), set)
+                different = [*_differences(then, now, in_order)]
                 if different:
                     _replace_in_sequence(holder, None, GONE, then)
             changed |= bool(different)
@@ -239,8 +240,9 @@ def _is_other(then: dict[Any, Any], now: dict[Any, Any], key: Any) -> bool:
     return old is not new and not _is_same_number(old, new) and not _has_tensor((old, new))
 
 
-def _differences(then: list[Any], now: list[Any]) -> Iterator[Any]:
-    if len(then) != len(now) or any(a is not b for a, b in zip(then, now, strict=True)):
+def _differences(then: list[Any], now: list[Any], in_order: bool) -> Iterator[Any]:
+    before, after = [*map(id, then)], [*map(id, now)]
+    if before != after and (in_order or sorted(before) != sorted(after)):
         fresh = [x for x in now if not any(x is y for y in then)]
         if not _has_tensor(fresh):
             yield now

@@ -20,13 +20,14 @@ from torch.nn.modules import module as nn_module
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fxckpt.errors import CaptureError
+from fxckpt.modes import collected_outputs
 from fxckpt.state import HOOKS
 
 # Functions of libraries that ask whether a tensor is fake, in order to take another branch.
 _FAKE_CHECKS = (("transformers.utils.import_utils", "is_fake_tensor"),)
 
-# Modules of libraries whose hooks only compute, or do so unless `collects` says otherwise.
-_COMPUTING = ("torch.nn.utils", "transformers.utils.output_capturing")
+# Modules of libraries whose hooks only compute, and the one whose hooks collect at times.
+_COMPUTING, _COLLECTING = "torch.nn.utils", "transformers.utils.output_capturing"
 
 
 @contextlib.contextmanager
@@ -160,16 +161,17 @@ def refuse_hooks(root: nn.Module) -> None:
 
     Hooks of the root itself run around the captured forward, as always; those of `torch.nn.utils`
     (weight norm and the like) only compute, and are captured; those of transformers collect hidden
-    states for the forward in which they run.
+    states for the forward in which they run, unless one that is around it has asked for them.
 
     Raises:
         CaptureError: naming the hook.
     """
+    harmless = _COMPUTING if collected_outputs() else (_COMPUTING, _COLLECTING)
     for path, m in root.named_modules():
         for kind in HOOKS:
             for hook in getattr(m, kind).values():
                 owner = getattr(hook, "__module__", "")
-                if path and not owner.startswith(_COMPUTING):
+                if path and not owner.startswith(harmless):
                     name = getattr(hook, "__qualname__", type(hook).__name__)
                     raise CaptureError(f"a hook is registered ({name} in {kind})", path=path)
     if any(getattr(nn_module, f"_global{kind}") for kind in HOOKS):

@@ -32,18 +32,12 @@ class Parts:
 
     Args:
         root: The module.
-        make: Makes the runner of a part: of the module, its position, and whether the rest of the
-            model uses parameters of it too.
+        make: Makes the runner of a part: of the module and its position.
     """
 
-    def __init__(self, root: nn.Module, make: Callable[[nn.Module, Position, bool], Any]) -> None:
-        owners: dict[int, set[str]] = {}
-        for path, m in root.named_modules():
-            for p in m._parameters.values():
-                owners.setdefault(id(p), set()).add(path)
+    def __init__(self, root: nn.Module, make: Callable[[nn.Module, Position], Any]) -> None:
         self._parts = [
-            (m, position, make(m, position, _is_shared(m, position.path, owners)))
-            for m, position in _parts(list(root.named_modules()))
+            (m, position, make(m, position)) for m, position in _parts(list(root.named_modules()))
         ]
         self._users = 0
         self._thread = threading.local()
@@ -51,6 +45,23 @@ class Parts:
     def runners(self) -> list[tuple[str, Any]]:
         """The runners of the parts, with the paths of these."""
         return [(position.path, runner) for _, position, runner in self._parts]
+
+    def sharing(self, root: nn.Module) -> set[str]:
+        """The paths of the parts with parameters that the rest of the root uses, too."""
+        owners: dict[int, set[str]] = {}
+        for path, m in root.named_modules():
+            for p in m._parameters.values():
+                owners.setdefault(id(p), set()).add(path)
+
+        def is_inside(user: str, path: str) -> bool:
+            return user == path or user.startswith(f"{path}.")
+
+        return {
+            position.path
+            for m, position, _ in self._parts
+            for p in m.parameters()
+            if not all(is_inside(user, position.path) for user in owners[id(p)])
+        }
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
@@ -80,11 +91,6 @@ class Parts:
         module's own, as its recomputation happens when the parts are not in place any more.
         """
         return getattr(self._thread, "hooks", None) == (_saved_tensor_hooks(),)
-
-
-def _is_shared(part: nn.Module, path: str, owners: dict[int, set[str]]) -> bool:
-    users = {user for p in part.parameters() for user in owners[id(p)]}
-    return not all(user == path or user.startswith(f"{path}.") for user in users)
 
 
 def _parts(modules: list[tuple[str, nn.Module]]) -> Iterator[tuple[nn.Module, Position]]:

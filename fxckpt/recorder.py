@@ -295,6 +295,8 @@ class Recorder(TorchDispatchMode):
     def _bind_one(
         self, out: torch.Tensor, node: Node, func: OpOverload, args: Any, kwargs: Any, i: int | None
     ) -> None:
+        if out.layout != torch.strided:
+            raise CaptureError(f"a tensor with layout {out.layout} is used")
         storage = self._storages.get(_address(out))
         if storage is None or func is aten._unsafe_view.default:
             # `_unsafe_view` reshapes a tensor that nobody else sees: the result replaces it, and

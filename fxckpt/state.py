@@ -128,11 +128,9 @@ class _Contents:
                 members.clear()
                 members.update(then)
         for container, contents in self._inner:
-            if isinstance(container, list):
-                container[:] = contents
-            else:
+            if not _same_items(container, contents):
                 container.clear()
-                container.update(contents)
+                (container.extend if isinstance(container, list) else container.update)(contents)
 
     def assignments(self, m: nn.Module, path: str) -> Iterator[Assignment]:
         """What was assigned since.

@@ -42,7 +42,9 @@ class Unit:
         self._parts: Parts | None = None
         self.runs = 0  # of the parts
         self._generation = 0  # of the structure that the parts belong to
+        self._sharing: set[str] | None = None  # parts that share parameters, found in this run
         self._told: set[str] = set()  # lines, or reasons, that were warned of
+        self._may_pass = False  # whether the next call may do better, so that nothing is told
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs the module's forward: the captured one if gradients may be wanted."""
@@ -92,9 +94,8 @@ class Unit:
 
     def _run_eagerly(self, module: nn.Module, args: Any, kwargs: Any, failure: CaptureError) -> Any:
         """Runs the original forward, with the parts of the module captured where possible."""
-        first = not self._told and not failure.may_pass
-        if first:
-            self.is_new(failure)
+        self._may_pass = failure.may_pass
+        first = not self._told and self.is_new(failure)
         with self.parts_in_place(module):
             result = original_forward(module)(*args, **kwargs)  # its own errors come first
         if first:
@@ -109,9 +110,10 @@ class Unit:
     def parts_in_place(self, module: nn.Module) -> Any:
         """While active, the parts run what was captured of them."""
         if self._parts is None or self._generation != self.captures.generation:
-            self._parts = Parts(module, lambda m, p, shared: Part(m, p, self, is_shared=shared))
+            self._parts = Parts(module, lambda m, position: Part(m, position, self))
             self._generation = self.captures.generation
         self.runs += 1
+        self._sharing = None
         with self._parts.in_place():
             yield
 
@@ -119,8 +121,19 @@ class Unit:
         """See `Parts.active`."""
         return self._parts is not None and self._parts.active()
 
+    def shares(self, path: str) -> bool:
+        """Whether the rest of the model uses parameters of a part, in this run."""
+        if self._sharing is None:
+            module, parts = self._owner(), self._parts
+            assert module is not None, "it is running"
+            assert parts is not None, "they are running"
+            self._sharing = parts.sharing(module)
+        return path in self._sharing
+
     def is_new(self, failure: CaptureError) -> bool:
         """Whether nothing failed at this line before, or for this reason if it has no line."""
+        if self._may_pass:
+            return False
         cause = failure.source or failure.reason
         known = cause in self._told
         self._told.add(cause)
@@ -134,15 +147,12 @@ class Part:
         module: The part; only a weak reference is kept.
         position: Where it stands in the whole.
         whole: The unit of the whole; likewise.
-        is_shared: Whether the rest of the whole uses parameters of the part, too.
     """
 
     passing = True  # on the module while the whole runs
 
-    def __init__(
-        self, module: nn.Module, position: Position, whole: Unit, *, is_shared: bool
-    ) -> None:
-        self._is_shared, self._latest_run = is_shared, 0
+    def __init__(self, module: nn.Module, position: Position, whole: Unit) -> None:
+        self._path, self._is_called_again, self._latest_run = position.path, False, 0
         self._captures = Captures(module, whole.options, position)
         self.latest: Captured | None = None  # set if it saves memory
         self._owner, self._whole = weakref.ref(module), weakref.ref(whole)
@@ -177,9 +187,9 @@ class Part:
         state = autocast_state()
         if not state or ("cache", False) in state:
             return False
-        self._is_shared |= self._latest_run == whole.runs
+        self._is_called_again |= self._latest_run == whole.runs
         self._latest_run = whole.runs
-        return self._is_shared or whole.runs == 1
+        return self._is_called_again or whole.runs == 1 or whole.shares(self._path)
 
     def for_module(self, _: nn.Module) -> Part:
         """This part, which runs the original forward of other modules."""

@@ -9,12 +9,23 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import adamw, assert_same, seed_all, total, train
+from helpers import (
+    adamw,
+    assert_same,
+    assert_same_training,
+    content,
+    grads_of,
+    leaves,
+    seed_all,
+    total,
+    train,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 import fxckpt
 from fxckpt import CaptureError, FallbackWarning, PolicyError
@@ -360,3 +371,64 @@ def test_nests_of_what_cannot_be_captured(
         return outer
 
     train_both(make, policy)
+
+
+class Tower(nn.Module):
+    """Reads hidden states that hooks of transformers collect below it, as llava does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = CLIPVisionConfig(
+            hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+            image_size=8, patch_size=4,
+        )  # fmt: skip
+        self.tower, self.last = CLIPVisionModel(config), nn.Linear(16, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        states = self.tower(images, output_hidden_states=True).hidden_states
+        return self.last(states[-2])
+
+
+def test_hidden_states_are_collected_below() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the first call prepares hooks: nothing is worth telling
+        assert_same_training(
+            Tower,
+            lambda number: torch.full((2, 3, 8, 8), 1.0 / (number + 1)),
+            rewrite=lambda m, _: fxckpt.rewrite(m, "nothing"),
+        )
+
+
+class Ties(nn.Module):
+    """Ties a weight of its part to its own, later on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.steps = nn.Linear(WIDTH, WIDTH), 0
+        self.part = nn.Sequential(nn.GELU(), nn.Linear(WIDTH, WIDTH), nn.GELU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps += 1  # so that the whole is not captured
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.part(self.first(x))
+
+
+def test_weights_tied_between_steps_are_cast_as_in_eager() -> None:
+    """Autocast casts a weight once: the gradients of its uses are added up before they are cast."""
+
+    def tie(model: nn.Module, number: int) -> Tensor:
+        if number == 3:
+            model.part[1].weight = model.first.weight
+        return total([model(torch.randn(5, WIDTH)) for _ in range(3)])
+
+    records = []
+    for rewritten in (False, True):
+        seed_all(0)
+        model: nn.Module = Ties()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FallbackWarning)
+            model = fxckpt.rewrite(model, "nothing") if rewritten else model
+            for number in range(6):
+                tie(model, number).backward()
+        records.append(leaves(grads_of(model)))
+    assert_same(*([(n, content(g)) for n, g in r] for r in records))

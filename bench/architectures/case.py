@@ -43,6 +43,11 @@ def total(output: Any) -> Tensor:
     return sum((part.float().square().mean() for part in parts), torch.zeros(()))
 
 
+def adamw(parameters: list[Tensor]) -> torch.optim.Optimizer:
+    """The optimizer of most architectures."""
+    return torch.optim.AdamW(parameters, lr=1e-3)
+
+
 @dataclass(frozen=True, slots=True)
 class Architecture:
     """A kind of model, at a size that trains a step in a fraction of a second.
@@ -56,6 +61,7 @@ class Architecture:
         loss: output of the model to a scalar.
         whole: makes the model without what keeps it from being captured whole, if that can be
             switched off (layer drop, for example).
+        optimizer: parameters to an optimizer.
     """
 
     name: str
@@ -64,3 +70,4 @@ class Architecture:
     batch: Callable[[int], tuple[tuple[Any, ...], dict[str, Any]]]
     loss: Callable[[Any], Tensor] = total
     whole: Callable[[], nn.Module] | None = None
+    optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] = adamw

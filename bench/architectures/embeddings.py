@@ -1,5 +1,6 @@
 """Embeddings with all options of torch, and the recommenders and word models built from them."""
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -163,12 +164,11 @@ _IDS = below(10, 4)
 def all_of() -> list[Architecture]:
     """The embedding models of the zoo."""
     table = nn.Embedding
-    return architectures_of(
+    dense = architectures_of(
         "embedding",
         ("embedding padded", partial(Looked, padding_idx=0), _TOKENS),
         ("embedding of bounded norm", partial(Looked, max_norm=1.0), _TOKENS),
         ("embedding by frequency", partial(Looked, scale_grad_by_freq=True), _TOKENS),
-        ("embedding sparse", partial(Looked, sparse=True), _TOKENS),
         ("bag sum", partial(Bagged, mode="sum", include_last_offset=True), batches(
             below(11, 9), fixed(torch.tensor([0, 3, 9]))
         )),
@@ -176,7 +176,6 @@ def all_of() -> list[Architecture]:
         ("bag max", partial(Bagged, mode="max"), _BAGS),
         ("bag rows", partial(Bagged, scale_grad_by_freq=True), _TOKENS),
         ("bag of bounded norm", partial(Bagged, max_norm=1.0), _BAGS),
-        ("bag sparse", partial(Bagged, sparse=True), _BAGS),
         ("bag weighted", partial(Bagged, mode="sum"), batches(
             below(11, 9), fixed(torch.tensor([0, 3, 7])), per_sample_weights=uniform(9)
         )),
@@ -201,3 +200,10 @@ def all_of() -> list[Architecture]:
             _translated, entities=table(10, 4), relations=table(3, 4)
         ), batches(_IDS, below(3, 4), _IDS)),
     )  # fmt: skip
+    sparse = architectures_of(
+        "embedding",
+        ("embedding sparse", partial(Looked, sparse=True), _TOKENS),
+        ("bag sparse", partial(Bagged, sparse=True), _BAGS),
+    )
+    # Adam has no rule for sparse gradients.
+    return [*dense, *(replace(s, optimizer=partial(torch.optim.SGD, lr=0.1)) for s in sparse)]

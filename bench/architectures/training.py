@@ -59,7 +59,7 @@ def train(
     """
     seed_all(0)
     model = install(architecture.make())
-    updater = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    updater = architecture.optimizer([p for p in model.parameters() if p.requires_grad])
     record: Record = {}
     first_call = 0.0
     seed_all(SEED)
