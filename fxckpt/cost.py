@@ -23,6 +23,7 @@ from torch.fx.node import map_aggregate, map_arg
 from torch.utils.flop_counter import flop_registry
 
 from fxckpt import ops
+from fxckpt.invisible import outside_of_modes
 from fxckpt.joint import Joint
 
 aten = torch.ops.aten
@@ -97,13 +98,14 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 @functools.cache
 def measured(device: torch.device) -> Device:
     """A device as it is found: matrix products of each dtype, copies, small operations."""
-    size, length = (4096, 1 << 28) if device.type == "cuda" else (384, 1 << 24)
-    return Device(
-        str(device),
-        {dtype: _matrix_rate(device, dtype, size) for dtype in _DTYPES},
-        _bandwidth(device, length),
-        _launch(device),
-    )
+    size, length = (4096, 1 << 26) if device.type == "cuda" else (384, 1 << 24)
+    with outside_of_modes(), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        return Device(
+            str(device),
+            {dtype: _matrix_rate(device, dtype, size) for dtype in _DTYPES},
+            _bandwidth(device, length),
+            _launch(device),
+        )
 
 
 def _matrix_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:

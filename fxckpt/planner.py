@@ -33,7 +33,7 @@ class Plan:
 
     Attributes:
         budget: Bytes that were given.
-        peak: Bytes that live at most, as replayed: above what was allocated when forward was called.
+        peak: Bytes that live at most, by the replay, above what was there when forward was called.
         eager_peak: Likewise if all is saved.
         seconds: What runs again takes, by the cost model.
         step_seconds: What forward and backward take without that.
@@ -73,6 +73,10 @@ class Planner:
             the graph is on.
         seconds: What planning for one budget may take, about. It is translated into a number of
             steps, so that equal graphs get equal plans.
+
+    Attributes:
+        memory: Of the graph.
+        seconds: What each forward operation takes.
     """
 
     def __init__(
@@ -80,11 +84,11 @@ class Planner:
     ) -> None:
         self.memory = Memory(joint)
         costs = Costs(_device(device, joint))
-        forward = {n: costs.seconds(n) for n in joint.forward_nodes()}
+        self.seconds = {n: costs.seconds(n) for n in joint.forward_nodes()}
         backward = sum(map(costs.seconds, joint.backward_nodes()))
-        self._step_seconds = sum(forward.values()) + backward
+        self._step_seconds = sum(self.seconds.values()) + backward
         one = _SECONDS_OF_REPLAY * max(len(joint.graph.nodes), 200)
-        self._search = Search(joint, self.memory, forward, max(int(_SHARE * seconds / one), 50))
+        self._search = Search(self.memory, self.seconds, max(int(_SHARE * seconds / one), 50))
         self._everything = self._search.consider(self.memory.values)
         self._search.consider(())
         for decide in policies.NAMES.values():
@@ -133,7 +137,7 @@ class Planner:
         return float(self.memory.fixed.peak)
 
     def _plan(self, budget: int, found: Found) -> Plan:
-        saved = frozenset(self._search.nodes(found))
+        saved = frozenset(self._search.nodes(found.decision))
         # A plan is at most as good as the bound; where it is better by rounding, it is the bound.
         bound = min(self._search.bound(budget) or 0.0, found.seconds)
         return Plan(
@@ -149,7 +153,7 @@ class Planner:
 
     def _error(self, budget: int) -> BudgetError:
         least = self._search.least()
-        largest = self.memory.replay(self._search.nodes(least)).at_peak()[:5]
+        largest = self.memory.replay(self._search.nodes(least.decision)).at_peak()[:5]
         values = ", ".join(
             f"{node.name} ({node.meta.get('path') or 'the root'}, {readable(size)})"
             for node, size in largest

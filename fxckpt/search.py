@@ -20,13 +20,14 @@ The search is limited by a number of replays and not by a clock, so that it is d
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.fx import Node
 
-from fxckpt.joint import Joint, producer
+from fxckpt.joint import producer
 from fxckpt.memory import Memory, Replay
 from fxckpt.solve import Problem, Program
 
@@ -49,15 +50,12 @@ class Search:
     """The decisions on one joint graph that are known so far.
 
     Args:
-        joint: The graph.
         memory: Of the graph.
         seconds: What each forward operation takes.
         replays: How many a call may make, about.
     """
 
-    def __init__(
-        self, joint: Joint, memory: Memory, seconds: dict[Node, float], replays: int
-    ) -> None:
+    def __init__(self, memory: Memory, seconds: dict[Node, float], replays: int) -> None:
         self.memory, self._seconds, self._replays = memory, seconds, replays
         self._problem = problem_of(memory, seconds)
         self._index = {node: i for i, node in enumerate(memory.values)}
@@ -87,9 +85,9 @@ class Search:
         decision[[self._index[n] for n in saved if n in self._index]] = True
         return self._try(decision)
 
-    def nodes(self, found: Found) -> set[Node]:
+    def nodes(self, decision: Decision) -> set[Node]:
         """The values that a decision saves."""
-        return {n for n, i in self._index.items() if found.decision[i]}
+        return {n for n, i in self._index.items() if decision[i]}
 
     # -- looking for more
 
@@ -116,9 +114,8 @@ class Search:
     def look_for_least(self, floor: float) -> None:
         """Looks for decisions that need as little as possible, down to a bound of that."""
         step = 0.5
-        while step > 0.01:
-            least = self.least().peak
-            target = least - step * (least - floor)
+        while step > 0.01 and (least := self.least().peak) > floor:
+            target = min(least - step * (least - floor), least - 1)
             self.look(target)
             if self.best(target) is None:
                 step /= 2
@@ -128,12 +125,12 @@ class Search:
         if key not in self._pool:
             self._left -= 1
             replay = self._replay(decision)
-            seconds = sum(self._seconds[n] for n in replay.recomputed)
+            seconds = math.fsum(self._seconds[n] for n in replay.recomputed)  # in any order
             self._pool[key] = Found(decision, replay.peak, seconds)
         return self._pool[key]
 
     def _replay(self, decision: Decision) -> Replay:
-        return self.memory.replay(n for n, i in self._index.items() if decision[i])
+        return self.memory.replay(self.nodes(decision))
 
     def _repair(self, found: Found, budget: float) -> None:
         while found.peak > budget and self._left > 0:
