@@ -11,6 +11,8 @@ from fxckpt.errors import (
 )
 from fxckpt.joint import Value
 from fxckpt.module import graphs, is_rewritten, restore_, rewrite, rewrite_
+from fxckpt.planner import Plan
+from fxckpt.planning import frontier, plan
 from fxckpt.policies import RECOMPUTE, SAVE
 from fxckpt.verification import verify
 
@@ -24,10 +26,13 @@ __all__ = [
     "FallbackWarning",
     "FxckptError",
     "MismatchError",
+    "Plan",
     "PolicyError",
     "Value",
+    "frontier",
     "graphs",
     "is_rewritten",
+    "plan",
     "policies",
     "restore_",
     "rewrite",

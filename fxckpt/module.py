@@ -11,8 +11,9 @@ from torch.fx import GraphModule
 
 from fxckpt import policies
 from fxckpt.captures import Options
-from fxckpt.errors import FxckptError
+from fxckpt.errors import BudgetError, FxckptError
 from fxckpt.installation import install, installed, plain, runner_of, uninstall
+from fxckpt.planner import WithinBudget
 from fxckpt.unit import Unit
 
 M = TypeVar("M", bound=nn.Module)
@@ -22,11 +23,13 @@ def rewrite(
     model: M,
     policy: Any = None,
     *,
+    budget: int | str | float | None = None,
     save: Any = (),
     recompute: Any = (),
     example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
     cache_size: int = 32,
     strict: bool = False,
+    planning_seconds: float = 10.0,
 ) -> M:
     """A module like `model` whose training step keeps fewer activations and recomputes the rest.
 
@@ -40,12 +43,19 @@ def rewrite(
         policy: What to recompute: a name ("attention", "mlp", "norm", "block", "dots", "sqrt",
             "nothing", "everything"; see `fxckpt.policies`) or a callable from a `Value` to
             `fxckpt.SAVE` or `fxckpt.RECOMPUTE`.
+        budget: Instead of a policy: the most that one forward and backward may hold at any moment
+            above what was allocated when forward was called. Bytes (int), a string ("8GiB",
+            "500MB"), or a fraction (float, at most 1) of what the step of `model` itself holds. The
+            fastest plan that is found to fit is used. What happens outside of `model` (a loss
+            computed from its output, gradients that are accumulated) is not part of it, and nothing
+            is promised for a model that falls back to eager.
         save: Selectors of values to save: module-path globs, module classes, operations.
         recompute: Selectors of values to recompute.
         example_inputs: Captures now, for these arguments: a tuple of positional or a dictionary of
             keyword arguments. The model has to be in training mode.
         cache_size: How many signatures are kept; the least recently used is dropped.
         strict: Raise `CaptureError` where the default is to run eagerly and warn once.
+        planning_seconds: How long to look for a better plan, about, at each capture.
 
     Returns:
         A new module of the same class (its name and `isinstance` included).
@@ -53,6 +63,7 @@ def rewrite(
     Raises:
         PolicyError: if the policy or a selector makes no sense; selectors are matched when the
             model is captured.
+        BudgetError: if the budget means nothing; when the model is captured, if no plan fits.
         CaptureError: with `strict`, if the model cannot be captured exactly.
         FxckptError: if `model` is not a module that can be rewritten.
 
@@ -68,11 +79,13 @@ def rewrite(
     return rewrite_(
         plain(model),
         policy,
+        budget=budget,
         save=save,
         recompute=recompute,
         example_inputs=example_inputs,
         cache_size=cache_size,
         strict=strict,
+        planning_seconds=planning_seconds,
     )
 
 
@@ -80,18 +93,29 @@ def rewrite_(
     model: M,
     policy: Any = None,
     *,
+    budget: int | str | float | None = None,
     save: Any = (),
     recompute: Any = (),
     example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
     cache_size: int = 32,
     strict: bool = False,
+    planning_seconds: float = 10.0,
 ) -> M:
     """Like `rewrite`, in place: `model` itself is rewritten, and returned.
 
     A module that is rewritten already gets the new policy instead. `restore_` undoes it.
     """
     _require_module("rewrite_", model)
-    decide = policies.resolve(policy, save=save, recompute=recompute)
+    decide: policies.Decide
+    if budget is None:
+        decide = policies.resolve(policy, save=save, recompute=recompute)
+    elif policy is None and not save and not recompute:
+        decide = WithinBudget(budget, planning_seconds)
+    else:
+        raise BudgetError(
+            f"rewrite(..., budget={budget!r}): the planner decides alone; leave out policy=, save= "
+            "and recompute="
+        )
     if is_rewritten(model):
         restore_(model)
     install(model, Unit(model, Options(decide, cache_size, strict)))

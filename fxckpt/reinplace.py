@@ -1,61 +1,129 @@
 """Turns `ops.inplace` back into real mutation wherever nobody can tell the difference.
 
-A joint graph never changes a value, so each mutation in it works on a copy. In a finished graph the
-copy is needless if the old contents are not read afterwards, neither directly nor through a view,
-and are not returned. That holds for nearly all mutations of real models, because autograd would
-not allow them otherwise. What is left of an in-place operation is then the operation itself, on
-the memory that eager mode would use.
+A joint graph never changes a value, so each mutation in it works on a copy. In what finally runs,
+the copy is needless if the old contents are not read afterwards, neither directly nor through a
+view, and are not returned. That holds for nearly all mutations of real models, because autograd
+would not allow them otherwise. What is left of an in-place operation is then the operation itself,
+on the memory that eager mode would use.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from operator import getitem
 from typing import Any
 
 import torch
 from torch._ops import OpOverload
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from fxckpt import ops
-from fxckpt.joint import in_order, producer, root
+from fxckpt.joint import producer
+from fxckpt.schedule import Schedule, Scheduler, Step
 
 aten = torch.ops.aten
 
 
-def reinplace(graph: Graph, writes: Mapping[Node, Node]) -> None:
-    """Removes needless copies from a graph, in place, and adds the writes to its arguments.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Needless:
+    """The mutations of a schedule that need no copy.
 
-    Args:
-        graph: A forward or backward graph with an output node.
-        writes: For each placeholder that the graph has to change, its final contents. All other
-            placeholders keep theirs.
+    Attributes:
+        forward: Those of forward.
+        backward: Those of backward.
+        unwritten: Primals that forward has to change but that no mutation works on directly, with
+            the contents that have to be copied into them.
     """
-    position, last_use = in_order(graph), _last_uses(graph)
-    mutations = [n for n in graph.nodes if n.op == "call_function" and _is_mutation(n)]
-    given = set(writes)
 
-    def needless(node: Node) -> bool:
-        return all(
-            (_owner(base).op == "call_function" or base in given)
-            and last_use[_owner(base)] <= position(node)
-            for base in _bases(node)
+    forward: set[Node]
+    backward: set[Node]
+    unwritten: dict[Node, Node]
+
+
+class Reinplacer:
+    """Finds the needless copies in schedules of one joint graph."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        joint = scheduler.joint
+        operations = [*joint.forward_nodes(), *joint.backward_nodes()]
+        self.shares = {n: memory_of(n) for n in operations}
+        self.bases = {n: _bases(n) for n in operations if n.target is ops.inplace}
+        self.pure_again = {n for n in self.bases if ops.without_statistics(n) is not None}
+        self._scheduler = scheduler
+        self._writes = {joint.primals[name]: node for name, node in joint.writes.items()}
+        self._chains = {p: _chain(p, contents) for p, contents in self._writes.items()}
+
+    def needless(self, schedule: Schedule) -> Needless:
+        """The mutations that may work on their arguments themselves."""
+        scheduler = self._scheduler
+        residuals = [r for r in schedule.residuals if isinstance(r, Node)]
+        returned = [*scheduler.joint.outputs, *residuals]
+        forward = _Uses(self, schedule.forward, scheduler.reads, returned)
+        given = set(self._writes)
+        # A primal is mutated directly only if that leads all the way to its final contents.
+        while kept := {p for p in given if not forward.are_last(self._chains[p], given)}:
+            given -= kept
+        backward = _Uses(self, schedule.backward, scheduler.reads_again, scheduler.wanted)
+        return Needless(
+            {n for n in forward.mutations if forward.are_last([n], given)},
+            {n for n in backward.mutations if backward.are_last([n], ())} - self.pure_again,
+            {p: contents for p, contents in self._writes.items() if p not in given},
         )
 
-    # A placeholder is mutated directly only if that leads all the way to its final contents.
-    while kept := {p for p in given if not all(map(needless, _chain(p, writes[p])))}:
-        given -= kept
-    donating = [n for n in mutations if needless(n)]
-    final = {p: writes[p] for p in writes if p not in given}
-    for node in donating:
-        _donate(node)
-    with graph.inserting_before(graph.output_node()):
-        for placeholder, contents in final.items():
-            graph.call_function(aten.copy_.default, (placeholder, contents))
+
+class _Uses:
+    """Who owns the memory of the values in a list of steps, and when it is read for the last time.
+
+    Args:
+        facts: What is known of the joint graph.
+        steps: What runs.
+        reads: What each operation reads.
+        returned: What is read at the end.
+    """
+
+    def __init__(
+        self,
+        facts: Reinplacer,
+        steps: Sequence[Step],
+        reads: Mapping[Node, Iterable[Node]],
+        returned: Iterable[Node],
+    ) -> None:
+        owner: dict[Node, Node] = {}
+        last: dict[Node, int] = {}
+        self._facts, self._owner, self._last = facts, owner, last
+        self.mutations: dict[Node, int] = {}  # with their positions
+        for i, node in enumerate(steps):
+            if not isinstance(node, Node):
+                continue
+            for read in reads[node]:
+                last[owner.get(read, read)] = i
+            base = facts.shares[node]
+            owner[node] = node if base is None else owner.get(base, base)
+            if node in facts.bases:
+                self.mutations[node] = i
+        last.update((owner.get(node, node), len(steps)) for node in returned)
+
+    def are_last(self, mutations: Iterable[Node], given: Collection[Node]) -> bool:
+        """Whether nobody reads, after each of these, what it works on.
+
+        Args:
+            mutations: Which.
+            given: Arguments that may be changed.
+        """
+        return all(
+            (owner in self._owner or base in given) and self._last[owner] <= self.mutations[node]
+            for node in mutations
+            for base in self._facts.bases[node]
+            for owner in [self._owner.get(base, base)]
+        )
 
 
-def _is_mutation(node: Node) -> bool:
-    return node.target in (ops.inplace, ops.inplace_with_rng_state)
+def memory_of(node: Node) -> Node | None:
+    """The value in whose memory a value is, if it has none of its own."""
+    if node.target is aten._unsafe_view.default:
+        return node.all_input_nodes[0]
+    return node.meta.get("alias")
 
 
 def _call(node: Node) -> tuple[int, OpOverload, ops.Plan, tuple[Any, ...]]:
@@ -90,25 +158,7 @@ def _result_count(node: Node) -> int:
     return len(node.meta["val"]) if isinstance(node.meta["val"], tuple) else 1
 
 
-def _owner(node: Node) -> Node:
-    """The node whose memory a node is in."""
-    node = root(node)
-    while node.target is aten._unsafe_view.default:
-        node = root(node.args[0])  # type: ignore[arg-type]
-    return node
-
-
-def _last_uses(graph: Graph) -> dict[Node, int]:
-    """For each owner of memory, the position of the last node that reads it."""
-    last: dict[Node, int] = {}
-    for i, node in enumerate(graph.nodes):
-        last.setdefault(_owner(node), i)
-        for read in node.all_input_nodes:
-            last[_owner(read)] = i
-    return last
-
-
-def _donate(node: Node) -> None:
+def reinplace(node: Node) -> None:
     """Lets a mutation work on its arguments themselves."""
     start, op, plan, rest = _call(node)
     bases, results = _bases(node), _result_count(node)

@@ -40,7 +40,8 @@ from fxckpt.first_run import Misfit
 from fxckpt.joint import Joint
 from fxckpt.locks import LOCK
 from fxckpt.modes import AutocastState, autocast_as, autocast_state
-from fxckpt.split import Split, backward_from, kept_bytes, read_before_written, split
+from fxckpt.schedule import read_before_written
+from fxckpt.split import Split, backward_from, kept_bytes, split
 from fxckpt.state import substituted
 from fxckpt.tape import BackwardKey, Result, Tape
 

@@ -1,35 +1,10 @@
-"""Joint graph and decisions in, forward and backward graph out.
-
-NOTE [Recomputation just in time]
-
-Backward operations are emitted in the order in which autograd ran them. Right before each one
-comes whatever it reads and does not have yet:
-
-    a primal            is an argument of the backward graph (a reference, no memory)
-    a view              is taken anew of its base (views are free)
-    a saved value       is an argument of the backward graph: a residual
-    anything else       is recomputed: its own inputs first, by the same rule, in forward order
-
-A recomputed value stays for later readers and dies after the last. What nobody reads is never
-recomputed: the last product of a block, for example, is no input of its own backward.
-
-Three kinds of values need care when they are recomputed:
-
-    random values       forward reads the generator's state right before the operation and hands it
-                        on; backward runs the operation under that state (`ops.with_rng_state`)
-    running statistics  are updated in forward, once; recomputation leaves them out
-    changed primals     (buffers updated by forward): if backward reads the contents before the
-                        change, forward keeps a copy
-
-Forward runs what the outputs, the writes and the residuals need, and everything that draws random
-numbers, so that the generators end where eager leaves them.
-"""
+"""Joint graph and decisions in, forward and backward graph out: renders what `schedule` decides."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -39,8 +14,11 @@ from torch.fx.node import map_arg
 from fxckpt import ops
 from fxckpt.codegen import graph_module
 from fxckpt.errors import CaptureError
-from fxckpt.joint import Joint, in_order, is_value, reachable, storage_bytes
-from fxckpt.reinplace import reinplace
+from fxckpt.joint import Joint, storage_bytes
+from fxckpt.reinplace import Needless, Reinplacer, reinplace
+from fxckpt.schedule import Before, Residual, Schedule, Scheduler, State, Step, recomputation
+
+aten = torch.ops.aten
 
 
 @dataclasses.dataclass(slots=True)
@@ -70,14 +48,17 @@ def split(joint: Joint, saved: Collection[Node]) -> Split:
         saved: The values (see `Joint.values`) that backward may keep; it keeps those that it reads.
             All others are recomputed.
     """
-    emitter = _Backward(joint, frozenset(saved))
+    scheduler = Scheduler(joint)
+    schedule = scheduler.schedule(saved)
+    needless = Reinplacer(scheduler).needless(schedule)
     primals = list(joint.primals)
-    saved_primals = [name for name in primals if joint.primals[name] in emitter.primals]
-    residuals = [_residual_name(r) for r in emitter.residuals]
+    saved_primals = [name for name in primals if joint.primals[name] in schedule.primals]
+    residuals = [_residual_name(r) for r in schedule.residuals]
     extra = [name for name in primals for _ in joint.grads.get(name, ())[1:]]
+    backward = _Backward(joint, schedule, [*saved_primals, *residuals])
     return Split(
-        _forward(joint, emitter),
-        emitter.module([*saved_primals, *residuals], [*primals, *extra]),
+        _forward(joint, schedule, needless),
+        backward.module([*primals, *extra], needless.backward),
         primals,
         extra,
         saved_primals,
@@ -88,13 +69,13 @@ def split(joint: Joint, saved: Collection[Node]) -> Split:
 
 def kept_bytes(joint: Joint, saved: Collection[Node]) -> int:
     """What `split` keeps between forward and backward, parameters and buffers not counted."""
-    emitter = _Backward(joint, frozenset(saved))
-    inputs = [n for n in emitter.primals if n.meta["kind"] == "input"]
+    schedule = Scheduler(joint).schedule(saved)
+    inputs = [n for n in schedule.primals if n.meta["kind"] == "input"]
     return sum(storage_bytes(n.meta["val"]) for n in inputs) + sum(
         ops.rng_state_bytes(ops.node_device(r.node))
-        if isinstance(r, _State)
+        if isinstance(r, State)
         else storage_bytes((r if isinstance(r, Node) else r.node).meta["val"])
-        for r in emitter.residuals
+        for r in schedule.residuals
     )
 
 
@@ -113,271 +94,145 @@ def backward_from(joint: Joint, have: Split) -> tuple[GraphModule, list[int]]:
         CaptureError: if a value is needed that is neither there nor recomputable.
     """
     kept = set(have.residuals)
-    emitter = _Backward(joint, frozenset(n for n in joint.graph.nodes if n.name in kept))
-    needed = {_residual_name(r) for r in emitter.residuals}
-    primals = [name for name, node in joint.primals.items() if node in emitter.primals]
+    scheduler = Scheduler(joint)
+    schedule = scheduler.schedule([n for n in joint.graph.nodes if n.name in kept])
+    needed = {_residual_name(r) for r in schedule.residuals}
+    primals = [name for name, node in joint.primals.items() if node in schedule.primals]
     missing = [*sorted(needed - kept), *(n for n in primals if n not in have.primals)]
     if missing:
         raise CaptureError(f"backward needs {missing[0]}, which was not kept")
     extra = [name for name in primals if name not in have.saved_primals]
     arguments = [*have.saved_primals, *have.residuals, *extra]
-    module = emitter.module(arguments, [*have.primals, *have.extra])
+    needless = Reinplacer(scheduler).needless(schedule)
+    backward = _Backward(joint, schedule, arguments)
+    module = backward.module([*have.primals, *have.extra], needless.backward)
     return module, [have.primals.index(name) for name in extra]
 
 
-def read_before_written(joint: Joint) -> list[str]:
-    """The primals that forward changes, and whose contents before the change have any effect."""
-    wanted = [*joint.outputs, *(g for each in joint.grads.values() for g in each)]
-    seen: set[Node] = set()
-    while wanted:
-        node = wanted.pop()
-        if node not in seen:
-            seen.add(node)
-            wanted.extend(_nodes_in(_recomputation(node)))
-    return [name for name in joint.writes if joint.primals.get(name) in seen]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _State:
-    """The generator state before a random operation: a residual that is not a value."""
-
-    node: Node
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Before:
-    """The contents of a primal before forward changed it, likewise."""
-
-    node: Node
-
-
-_Residual = Node | _State | _Before
-
-
-def _residual_name(residual: _Residual) -> str:
-    if isinstance(residual, _State):
+def _residual_name(residual: Residual) -> str:
+    if isinstance(residual, State):
         return f"rng_{residual.node.name}"
-    if isinstance(residual, _Before):
+    if isinstance(residual, Before):
         return f"before_{residual.node.name}"
     return residual.name
 
 
 class _Backward:
-    """Emits the backward graph, and finds out which residuals it needs."""
+    """Renders the backward half of a schedule.
 
-    def __init__(self, joint: Joint, saved: frozenset[Node]) -> None:
-        self.joint = joint
-        self.primals: set[Node] = set()  # primals that backward reads
-        self.residuals: list[_Residual] = []
-        self.recomputed: set[Node] = set()
-        self._saved = saved
-        self._written = {joint.primals[name] for name in joint.writes if name in joint.primals}
-        self._order = in_order(joint.graph)
-        self._random = _random_order(joint)
-        self._states: dict[torch.device, tuple[int, Node]] = {}  # left by the latest recomputation
+    Args:
+        joint: What is scheduled.
+        schedule: What runs.
+        arguments: Names of primals and residuals in the order in which they are handed in, before
+            the cotangents; the graph drops at once those that it does not read.
+    """
+
+    def __init__(self, joint: Joint, schedule: Schedule, arguments: Sequence[str]) -> None:
+        self._joint, self._schedule = joint, schedule
         self._graph = Graph()
-        self._body = self._graph.create_node("call_function", object)  # arguments go above it
         self._copies: dict[Node, Node] = {}
-        self._arguments: dict[_Residual, Node] = {}
-        self._emit()
+        self._states: dict[State, Node] = {}
+        self._add_arguments(arguments)
+        for step in schedule.backward:
+            if isinstance(step, State):
+                self._copy_state(step)
+            else:
+                self._run(step)
 
-    def module(self, arguments: Sequence[str], wanted: Sequence[str]) -> GraphModule:
+    def module(self, wanted: Sequence[str], needless: Collection[Node]) -> GraphModule:
         """The finished graph.
 
         Args:
-            arguments: Names of primals and residuals in the order in which they are handed in,
-                before the cotangents; those that the graph does not read are dropped at once.
             wanted: Names of the primals for which a gradient is returned; a name that occurs twice
                 gets two contributions.
+            needless: The mutations that need no copy.
         """
-        by_name = dict(self.joint.primals)
-        residuals = {_residual_name(r): r for r in self.residuals}
-        for name in arguments:
-            key = by_name[name] if by_name.get(name) in self.primals else residuals.get(name)
-            known = (
-                self._arguments[key] if key is not None else self._argument(None, "unused", None)
-            )
-            self._body.prepend(known)
-        for node in self.joint.cotangents:
-            self._body.prepend(self._arguments[node])
-        self._graph.erase_node(self._body)
         delivered = {name: self._deliver(name, n) for name, n in Counter(wanted).items()}
         self._graph.output(tuple(delivered[name].pop(0) for name in wanted))
-        reinplace(self._graph, {})
+        for node in self._schedule.backward:
+            if isinstance(node, Node) and node in needless:
+                reinplace(self._copies[node])
         return graph_module(self._graph, "Backward")
 
     def _deliver(self, name: str, places: int) -> list[Node | None]:
         """The contributions to a gradient, added up if there are more than places for them."""
-        grads = [self._copies[g] for g in self.joint.grads.get(name, ())]
+        grads = [self._copies[g] for g in self._joint.grads.get(name, ())]
         while len(grads) > places:
             first, second, *rest = grads
-            total = self._graph.call_function(torch.ops.aten.add.Tensor, (first, second))
+            total = self._graph.call_function(aten.add.Tensor, (first, second))
             total.meta = {"region": first.meta.get("region", "")}
             grads = [total, *rest]
         return [*grads, *[None] * (places - len(grads))]
 
-    def _emit(self) -> None:
-        joint, wanted = self.joint, [g for each in self.joint.grads.values() for g in each]
-        effects = [n for n in joint.backward_nodes() if ops.always_runs(n)]
-        needed = reachable([*wanted, *effects], stop=lambda n: n.meta.get("phase") == "forward")
-        for node in joint.cotangents:
-            self._copies[node] = self._argument(node, node.name, node.meta["val"])
-        for node in joint.backward_nodes():
-            if node in needed:
-                self._make_available(node.all_input_nodes)
-                self._copy(node, node.target, node.args, node.kwargs, _region("backward of", node))
-        self._make_available(wanted)
-
-    def _make_available(self, nodes: Iterable[Node]) -> None:
-        """Emits what is missing of `nodes`, and what that needs, in forward order."""
-        missing: set[Node] = set()
-        stack = list(nodes)
-        while stack:
-            node = stack.pop()
-            if node not in missing and node not in self._copies:
-                missing.add(node)
-                if not self._is_argument(node):
-                    stack.extend(_nodes_in(_recomputation(node)))
-        self._states.clear()
-        for node in sorted(missing, key=self._order):
-            if self._is_argument(node):
-                self._copies[node] = self._take(node)
+    def _add_arguments(self, names: Sequence[str]) -> None:
+        primals = {n: p for n, p in self._joint.primals.items() if p in self._schedule.primals}
+        residuals = {_residual_name(r): r for r in self._schedule.residuals}
+        for name in names:
+            if name in primals:
+                self._copies[primals[name]] = self._argument(name, primals[name].meta["val"])
+            elif name not in residuals:
+                self._argument("unused", None)
+            elif isinstance(residual := residuals[name], State):
+                self._states[residual] = self._argument(name, None)
             else:
-                self._recompute(node)
+                node = residual.node if isinstance(residual, Before) else residual
+                self._copies[node] = self._argument(name, node.meta["val"])
+        for node in self._joint.cotangents:
+            self._copies[node] = self._argument(node.name, node.meta["val"])
 
-    def _is_argument(self, node: Node) -> bool:
-        if node.op == "placeholder":
-            return True
-        if ops.is_blank(node):
-            return False  # memory without contents is not worth keeping, whatever the policy says
-        return is_value(node) and (
-            node in self._saved or ops.is_new_statistic(node) or _smaller_than_its_state(node)
-        )
-
-    def _take(self, node: Node) -> Node:
-        """A forward value or primal as an argument of the backward graph."""
-        if node in self._written:
-            return self._residual(_Before(node), node.meta["val"])
-        if node.op == "placeholder":
-            self.primals.add(node)
-            return self._argument(node, node.name, node.meta["val"])
-        return self._residual(node, node.meta["val"])
-
-    def _residual(self, residual: _Residual, val: Any) -> Node:
-        self.residuals.append(residual)
-        return self._argument(residual, _residual_name(residual), val)
-
-    def _argument(self, key: _Residual | None, name: str, val: Any) -> Node:
-        with self._graph.inserting_before(self._body):
-            node = self._graph.placeholder(name)
+    def _argument(self, name: str, val: Any) -> Node:
+        node = self._graph.placeholder(name)
         node.target = node.name
         node.meta["val"] = val
-        if key is not None:
-            self._arguments[key] = node
         return node
 
-    def _recompute(self, node: Node) -> None:
-        target, args, kwargs = _recomputation(node)
-        if node.meta.get("alias") is None:
-            self.recomputed.add(node)
-        copy = self._copy(node, target, args, kwargs, _region("recompute", node))
-        if ops.node_is_random(node):
-            replayed = (self._random_state(node, copy), ops.node_device(node))
-            if copy.target is ops.inplace:
-                copy.target, copy.args = ops.inplace_with_rng_state, (*replayed, *copy.args)
+    def _copy_state(self, state: State) -> None:
+        """Replays use up a state, and a residual has to last if the graph is retained."""
+        copy = self._graph.call_function(torch.clone, (self._states[state],))
+        copy.meta["region"] = _region("recompute", state.node)
+        self._states[state] = copy
+
+    def _run(self, node: Node) -> None:
+        again = node.meta["phase"] == "forward"
+        call: Any = recomputation(node) if again else (node.target, node.args, node.kwargs)
+        target, args, kwargs = map_arg(call, self._copies.__getitem__)
+        if (state := self._schedule.states.get(node)) is not None:
+            replayed = (self._states[state], ops.node_device(node))
+            if target is ops.inplace:
+                target, args = ops.inplace_with_rng_state, (*replayed, *args)
             else:
-                operation: Any = copy.target
-                copy.target, copy.args = ops.with_rng_state, (*replayed, operation, *copy.args)
-
-    def _random_state(self, node: Node, copy: Node) -> Node:
-        """The generator state for a random operation that is recomputed.
-
-        If the random operation before it in forward has just been recomputed too, the state that it
-        left goes on; else forward has to hand one over. A copy of that is used up.
-        """
-        device, index = ops.node_device(node), self._random[node]
-        previous, state = self._states.get(device, (None, None))
-        if state is None or previous != index - 1:
-            residual = self._residual(_State(node), None)
-            with self._graph.inserting_before(copy):
-                state = self._graph.call_function(torch.clone, (residual,))
-            state.meta["region"] = copy.meta["region"]
-        self._states[device] = index, state
-        return state
-
-    def _copy(self, node: Node, target: Any, args: Any, kwargs: Any, region: str) -> Node:
-        args, kwargs = map_arg((args, kwargs), self._copies.__getitem__)
+                target, args = ops.with_rng_state, (*replayed, target, *args)
         copy = self._graph.create_node("call_function", target, args, kwargs, node.name)
+        region = _region("recompute" if again else "backward of", node)
         copy.meta = {**node.meta, "region": region}
         if (alias := node.meta.get("alias")) is not None:
             copy.meta["alias"] = self._copies[alias]
         self._copies[node] = copy
-        return copy
 
 
-def _forward(joint: Joint, backward: _Backward) -> GraphModule:
-    """The forward graph for the residuals that backward needs."""
-    states = {r.node for r in backward.residuals if isinstance(r, _State)}
-    effects = [n for n in joint.forward_nodes() if ops.always_runs(n)]
-    values = [r for r in backward.residuals if isinstance(r, Node)]
-    needed = reachable([*joint.outputs, *joint.writes.values(), *values, *effects])
-    graph, copies = Graph(), {}
-    extra: dict[_Residual, Node] = {}
-    for node in joint.primals.values():
-        copies[node] = graph.node_copy(node)
-    for residual in backward.residuals:
-        if isinstance(residual, _Before):
-            extra[residual] = graph.call_function(ops.clone_exactly, (copies[residual.node],))
-    for node in joint.forward_nodes():
-        if node not in needed:
-            continue
-        if node in states:
-            state = graph.call_function(ops.read_rng_state, (ops.node_device(node),))
-            state.meta["region"] = _region("recomputed in backward:", node)
-            extra[_State(node)] = state
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-        if (alias := node.meta.get("alias")) is not None:
-            copies[node].meta["alias"] = copies[alias]
-        again = node in backward.recomputed
-        copies[node].meta["region"] = _region("recomputed in backward:" if again else "", node)
-    results = [copies[n] for n in joint.outputs]
-    results += [copies[r] if isinstance(r, Node) else extra[r] for r in backward.residuals]
-    graph.output(tuple(results))
-    writes = {copies[joint.primals[name]]: copies[n] for name, n in joint.writes.items()}
-    reinplace(graph, writes)
+def _forward(joint: Joint, schedule: Schedule, needless: Needless) -> GraphModule:
+    """Renders the forward half of a schedule."""
+    graph = Graph()
+    copies: dict[Step, Node] = {n: graph.node_copy(n) for n in joint.primals.values()}
+    for step in schedule.forward:
+        if isinstance(step, Before):
+            copies[step] = graph.call_function(ops.clone_exactly, (copies[step.node],))
+        elif isinstance(step, State):
+            copies[step] = graph.call_function(ops.read_rng_state, (ops.node_device(step.node),))
+            copies[step].meta["region"] = _region("recomputed in backward:", step.node)
+        else:
+            again = step in schedule.recomputed
+            copies[step] = copy = graph.node_copy(step, copies.__getitem__)
+            copy.meta["region"] = _region("recomputed in backward:" if again else "", step)
+            if (alias := step.meta.get("alias")) is not None:
+                copy.meta["alias"] = copies[alias]
+    for primal, contents in needless.unwritten.items():
+        graph.call_function(aten.copy_.default, (copies[primal], copies[contents]))
+    graph.output(tuple(copies[r] for r in (*joint.outputs, *schedule.residuals)))
+    for step in schedule.forward:
+        if step in needless.forward:
+            reinplace(copies[step])
     return graph_module(graph, "Forward")
-
-
-def _random_order(joint: Joint) -> dict[Node, int]:
-    """The random operations of forward, counted for each device."""
-    count: Counter[torch.device] = Counter()
-    order = {}
-    for node in joint.forward_nodes():
-        if ops.node_is_random(node):
-            device = ops.node_device(node)
-            order[node] = count[device]
-            count[device] += 1
-    return order
-
-
-def _smaller_than_its_state(node: Node) -> bool:
-    """Whether a random value takes no more memory than what it takes to draw it again."""
-    if not ops.node_is_random(node):
-        return False
-    val = node.meta["val"]
-    return storage_bytes(val) <= ops.rng_state_bytes(val.device)
-
-
-def _recomputation(node: Node) -> tuple[Any, Any, Any]:
-    """Target and arguments that compute a node again, without side effects."""
-    without = ops.without_statistics(node)
-    return (node.target, node.args, node.kwargs) if without is None else without
-
-
-def _nodes_in(tree: Any) -> list[Node]:
-    found: list[Node] = []
-    map_arg(tree, found.append)
-    return found
 
 
 def _region(what: str, node: Node) -> str:

@@ -1,0 +1,238 @@
+"""Books of storages: when each is made while the steps of a schedule run, and when it is freed.
+
+Time is the number of the step. A storage is made by the step whose result it holds, and freed after
+the last step that reads a variable on it: a value, a view of it, or the tuple that it came in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
+from operator import getitem
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from fxckpt import ops
+from fxckpt.joint import storage_bytes
+from fxckpt.reinplace import Reinplacer
+from fxckpt.schedule import Before, State, Step
+from fxckpt.workspace import oversized, workspace
+
+_CUDA_BLOCK = 512  # the caching allocator hands out multiples of this
+_NOWHERE = (0,)  # the storage of everything that is there anyway
+
+
+def allocated(val: torch.Tensor) -> int:
+    """Bytes that the allocator of its device hands out for the storage of a (fake) tensor."""
+    return rounded(storage_bytes(val), val.device)
+
+
+def allocated_for_result(node: Node, result: torch.Tensor) -> int:
+    """The same for a result of an operation."""
+    size = oversized(node)
+    return allocated(result) if size is None else rounded(size, result.device)
+
+
+def rounded(size: int, device: torch.device) -> int:
+    """Bytes that the allocator of a device hands out for a number of bytes."""
+    return -(-size // _CUDA_BLOCK) * _CUDA_BLOCK if device.type == "cuda" else size
+
+
+def allocated_for_state(device: torch.device) -> int:
+    """Bytes of a generator's state, which CUDA keeps in the memory of the host."""
+    return ops.rng_state_bytes(device) if device.type == "cpu" else 0
+
+
+def allocated_for_copy(val: torch.Tensor) -> int:
+    """Bytes of what `ops.clone_exactly` makes of a tensor."""
+    if val.numel() == 0:
+        return 0
+    extent = sum((n - 1) * s for n, s in zip(val.size(), val.stride(), strict=True)) + 1
+    return rounded(extent * val.element_size(), val.device)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Fact:
+    """What an operation of a joint graph does to memory.
+
+    Attributes:
+        shares: The value whose memory the result is in, or the tuple that it is taken out of.
+        index: Its place in that tuple, if the memory is not that of the tuple as a whole.
+        fresh: Bytes of each new result.
+        copies: Bytes of the copies of what it works on, if these are not needless.
+        bases: What it works on.
+        workspace: See `workspace`.
+    """
+
+    shares: Node | None
+    index: int | None
+    fresh: tuple[int, ...]
+    copies: tuple[int, ...]
+    bases: tuple[Node, ...]
+    workspace: int
+
+    @property
+    def runs(self) -> bool:
+        """Whether it is more than a view."""
+        return self.shares is None
+
+    @staticmethod
+    def of(node: Node, known: Reinplacer) -> Fact:
+        """The facts of a node."""
+        parent: Any
+        if (shares := known.shares[node]) is not None:
+            return Fact(shares, None, (), (), (), 0)
+        if node.target is getitem:
+            parent, index = node.args
+            return Fact(parent, index, (), (), (), 0)  # type: ignore[arg-type]
+        bases, val = known.bases.get(node, []), node.meta["val"]
+        results = list(val) if isinstance(val, (tuple, list)) else [val]
+        count = len(results) - len(bases)
+        return Fact(
+            None,
+            None,
+            tuple(_sizes(node, results[:count])),
+            tuple(allocated_for_copy(result) for result in results[count:]),
+            tuple(bases),
+            workspace(node),
+        )
+
+
+def _sizes(node: Node, results: Sequence[torch.Tensor | None]) -> Iterator[int]:
+    """Bytes that each result adds; those that are another one once more add none."""
+    seen = set()
+    for result, wanted in zip(results, _output_mask(node, len(results)), strict=True):
+        if result is None or not wanted or (key := result.untyped_storage()._cdata) in seen:
+            yield 0
+        else:
+            seen.add(key)
+            yield allocated_for_result(node, result)
+
+
+def _output_mask(node: Node, count: int) -> Sequence[bool]:
+    """Which results are computed: backward operations that leave that open say so at the end."""
+    mask: Any = node.args[-1] if node.args else None
+    is_mask = isinstance(mask, (list, tuple)) and all(isinstance(each, bool) for each in mask)
+    return mask if is_mask and len(mask) == count else [True] * count
+
+
+class Ledger:
+    """The storages of one replay.
+
+    Args:
+        facts: By node of the joint graph.
+        states: The generator states of recomputed random operations, see `Schedule`.
+    """
+
+    def __init__(self, facts: Mapping[Node, Fact], states: Mapping[Node, State]) -> None:
+        self.now = 0
+        self.sizes = [0]
+        # When something ran that is more than a view, and its workspace.
+        self.notable: list[tuple[int, Node, int]] = []
+        self._facts, self._states = facts, states
+        self._born, self._read = [0], [0]  # when each storage is made, and read for the last time
+        self._owners: list[Node | None] = [None]
+        self._places: dict[Step, tuple[int, ...]] = {}  # the storages that each variable holds
+
+    def make(self, owner: Node, sizes: Collection[int]) -> tuple[int, ...]:
+        """Makes storages; `owner` is what they are shown as."""
+        first, count = len(self.sizes), len(sizes)
+        self.sizes += sizes
+        self._born += [self.now] * count
+        self._read += [self.now] * count
+        self._owners += [owner] * count
+        return tuple(range(first, first + count))
+
+    def place(self, step: Step, *sizes: int) -> tuple[int, ...]:
+        """Makes storages for the results of a step."""
+        owner = step if isinstance(step, Node) else step.node
+        places = self._places[step] = self.make(owner, sizes)
+        return places
+
+    def of(self, steps: Iterable[Step]) -> set[int]:
+        """The storages that variables hold now."""
+        return {s for step in steps for s in self._places.get(step, _NOWHERE)}
+
+    def keep(self, storages: Iterable[int]) -> None:
+        """Notes that storages are still in use."""
+        for storage in storages:
+            self._read[storage] = self.now
+
+    def hand_on(self, steps: Iterable[Step]) -> None:
+        """Forgets all variables but these. Those for changed primals are now in their place."""
+        self._places = {
+            step.node if isinstance(step, Before) else step: self._places[step] for step in steps
+        }
+
+    def run(
+        self,
+        steps: Iterable[Step],
+        reads: Mapping[Node, Iterable[Node]],
+        needless: Collection[Node],
+        pure: Collection[Node] = (),
+    ) -> None:
+        """Notes what steps read and make.
+
+        Args:
+            steps: What runs.
+            reads: What each operation reads.
+            needless: The mutations that work on their arguments themselves.
+            pure: The mutations that leave out what they do to their arguments.
+        """
+        places, last = self._places, self._read
+        for step in steps:
+            self.now += 1
+            if isinstance(step, Node):
+                for read in reads[step]:
+                    for storage in places.get(read, _NOWHERE):
+                        last[storage] = self.now
+                self._make(step, step in needless, step in pure)
+            else:
+                self._extra(step)
+
+    def _make(self, node: Node, direct: bool, pure: bool) -> None:
+        fact = self._facts[node]
+        if fact.shares is not None:
+            places = self._places.get(fact.shares, _NOWHERE)
+            if fact.index is not None:
+                places = places[fact.index : fact.index + 1]
+                self._owners[places[0]] = node
+            self._places[node] = places
+            return
+        if node in self._states:
+            self.keep(self._places[self._states[node]])
+        if pure or not fact.bases:
+            self.place(node, *fact.fresh)
+        elif direct:
+            bases = [s for base in fact.bases for s in self._places.get(base, _NOWHERE)]
+            self._places[node] = (*self.place(node, *fact.fresh), *bases)
+        else:
+            self.place(node, *fact.fresh, *fact.copies)
+        self.notable.append((self.now, node, fact.workspace))
+
+    def _extra(self, step: State | Before) -> None:
+        self.keep(self._places.get(step, ()))
+        if isinstance(step, State):
+            self.place(step, allocated_for_state(ops.node_device(step.node)))
+        else:
+            self.place(step, allocated_for_copy(step.node.meta["val"]))
+        self.notable.append((self.now, step.node, 0))
+
+    def live(self) -> list[int]:
+        """The bytes that live at each time, results of the step included."""
+        change = [0] * (self.now + 2)
+        for size, born, read in zip(self.sizes, self._born, self._read, strict=True):
+            change[born] += size
+            change[read + 1] -= size
+        return list(accumulate(change))
+
+    def alive(self, time: int) -> Iterator[tuple[Node, int]]:
+        """The storages that live at a time: the first value on each, and its bytes."""
+        for owner, size, born, read in zip(
+            self._owners, self.sizes, self._born, self._read, strict=True
+        ):
+            if owner is not None and size and born <= time <= read:
+                yield owner, size

@@ -1,0 +1,216 @@
+"""The exact bytes that live while a step runs, for any decision of what to save; nothing is run.
+
+A replay walks through the steps of a `schedule` and keeps books of storages: when each is made, and
+which step reads it for the last time. The generated code drops every variable after its last use,
+so these are the bytes that its tensors hold.
+
+What counts is what comes on top of the memory in use when forward is called: arguments, parameters
+and buffers are there already. It comes and goes like this:
+
+    results         with their operation, all of them; views, and mutations that need no copy (see
+                    `reinplace`), take nothing. They die after the last step that reads them, or a
+                    view of them, or another result of the same operation that is taken out of the
+                    tuple later.
+    outputs         belong to the caller, who may hold them to the end of backward
+    cotangents      live all through backward: autograd holds the arguments of its functions
+    gradients       live to the end of backward: all are returned at once
+    residuals       die at their last reader in backward
+
+Not counted: what kernels allocate and free while they run, apart from what `workspace` knows; what
+follows backward (a gradient that autograd has to copy before it accumulates); fragmentation and
+rounding, apart from CUDA's (see `ledger.allocated`); a first call, which keeps more, to be able to
+take back what it did.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterable, Iterator
+from typing import NamedTuple
+
+from torch.fx import Node
+
+from fxckpt import ops
+from fxckpt.joint import Joint, is_value
+from fxckpt.ledger import Fact, Ledger, allocated, allocated_for_result, allocated_for_state
+from fxckpt.reinplace import Reinplacer
+from fxckpt.schedule import Schedule, Scheduler, read_before_written
+
+
+class Moment(NamedTuple):
+    """One operation that runs.
+
+    Attributes:
+        node: The operation in the joint graph; for a step that is not there (the copy of a
+            generator's state, or of a buffer), what it is for.
+        phase: "forward", "recompute" or "backward".
+        live: Bytes that exist while it runs: operands, results, and all that is kept.
+    """
+
+    node: Node
+    phase: str
+    live: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Replay:
+    """What a decision does to memory.
+
+    Attributes:
+        moments: The operations in the order in which they run, without views.
+        saved: Bytes that forward hands to backward.
+        recomputed: The forward operations that run again.
+    """
+
+    moments: tuple[Moment, ...]
+    saved: int
+    recomputed: frozenset[Node]
+    _ledger: Ledger = dataclasses.field(repr=False, compare=False)
+
+    @property
+    def peak(self) -> int:
+        """The most that lives at any moment."""
+        return max((m.live for m in self.moments), default=0)
+
+    @property
+    def forward_peak(self) -> int:
+        """The most that lives at any moment of forward."""
+        return max((m.live for m in self.moments if m.phase == "forward"), default=0)
+
+    @property
+    def backward_peak(self) -> int:
+        """The most that lives at any moment of backward, recomputation included."""
+        return max((m.live for m in self.moments if m.phase != "forward"), default=0)
+
+    def at_peak(self) -> list[tuple[Node, int]]:
+        """The first value on each storage that lives at the peak, and its bytes; largest first."""
+        if not self.moments:
+            return []
+        index = max(range(len(self.moments)), key=lambda i: self.moments[i].live)
+        time, *_ = self._ledger.notable[index]
+        return sorted(self._ledger.alive(time), key=lambda entry: entry[1], reverse=True)
+
+
+def replay(joint: Joint, saved: Collection[Node]) -> Replay:
+    """Counts what lives at every moment if `saved` is kept (see `split.split`).
+
+    Args:
+        joint: The graph.
+        saved: The values that backward may keep.
+    """
+    return Memory(joint).replay(saved)
+
+
+class Memory:
+    """Replays decisions on one joint graph, and tells a planner what it needs for a linear model.
+
+    Attributes:
+        values: What can be saved or not: one value for each storage, in forward order. Left out are
+            values for which there is no choice: those smaller than what it takes to draw them
+            again, running statistics, and memory without contents.
+        cost: The bytes that saving each of `values` adds; none for outputs that are held anyway.
+        inputs_of: For each forward operation, which of `values` must be there to run it again; what
+            is always there, such as primals, is left out.
+        needed_by: For each backward operation, in order, which of `values` it reads, be it through
+            views. What is taken out of the graph just before it (views) counts as read by it.
+        fixed: What lives whatever is decided: at each operation of forward the values that forward
+            itself still reads, at each operation of backward outputs, cotangents, gradients so far,
+            and values of backward.
+
+    Operations with several results are recomputed as one: `joint.producer` leads from a value to
+    its operation.
+
+    Args:
+        joint: What is replayed.
+        outputs_held: Whether the caller holds the outputs to the end of backward. If not, they are
+            taken to die before it, as in `model(x).sum().backward()`.
+    """
+
+    def __init__(self, joint: Joint, *, outputs_held: bool = True) -> None:
+        self._joint, self._outputs_held = joint, outputs_held
+        self._scheduler = Scheduler(joint)
+        self._reinplacer = Reinplacer(self._scheduler)
+        nodes = [*joint.forward_nodes(), *joint.backward_nodes()]
+        self._facts = {n: Fact.of(n, self._reinplacer) for n in nodes}
+        self._held_by_call = _held_by_call(joint)
+        self.values = [
+            n
+            for n in joint.forward_nodes()
+            if is_value(n) and self._root(n) is n and self._scheduler.has_choice(n)
+        ]
+        outputs = {self._root(n) for n in joint.outputs if outputs_held}
+        self.cost = {
+            n: 0 if n in outputs else allocated_for_result(n, n.meta["val"]) for n in self.values
+        }
+        self.inputs_of = {
+            n: self._values_read(self._scheduler.reads_again[n])
+            for n in joint.forward_nodes()
+            if self._facts[n].runs
+        }
+        self.needed_by = dict(self._backward_reads())
+        self.fixed = self._replay(self._scheduler.bare())
+
+    def replay(self, saved: Collection[Node]) -> Replay:
+        """Counts what lives at every moment if `saved` is kept (see `split.split`)."""
+        return self._replay(self._scheduler.schedule(saved))
+
+    def _replay(self, schedule: Schedule) -> Replay:
+        scheduler, needless = self._scheduler, self._reinplacer.needless(schedule)
+        ledger = Ledger(self._facts, schedule.states)
+        held = [s for node, size in self._held_by_call for s in ledger.make(node, [size])]
+        ledger.run(schedule.forward, scheduler.reads, needless.forward)
+        ledger.now += 1  # backward starts
+        boundary = ledger.now
+        outputs, residuals = ledger.of(self._joint.outputs), ledger.of(schedule.residuals)
+        ledger.keep({*held, *outputs, *residuals, *ledger.of(needless.unwritten.values())})
+        ledger.hand_on(schedule.residuals)
+        for node in self._joint.cotangents:
+            ledger.place(node, allocated(node.meta["val"]))
+        given = ledger.of(self._joint.cotangents)
+        pure = self._reinplacer.pure_again
+        ledger.run(schedule.backward, scheduler.reads_again, needless.backward, pure)
+        if self._outputs_held:
+            ledger.keep(outputs)
+        ledger.keep({*given, *ledger.of(scheduler.wanted)})
+        saved = sum(ledger.sizes[s] for s in residuals)
+        recomputed = frozenset(n for n in schedule.recomputed if self._facts[n].runs)
+        return Replay(_moments(ledger, boundary), saved, recomputed, ledger)
+
+    def _root(self, node: Node) -> Node:
+        """The value that owns the memory of a value."""
+        while (shares := self._reinplacer.shares.get(node)) is not None:
+            node = shares
+        return node
+
+    def _values_read(self, reads: Iterable[Node]) -> tuple[Node, ...]:
+        roots = dict.fromkeys(self._root(node) for node in reads)
+        return tuple(node for node in roots if node in self.cost)
+
+    def _backward_reads(self) -> Iterator[tuple[Node, tuple[Node, ...]]]:
+        reads: list[Node] = []
+        for node in self._scheduler.backward:
+            reads += self._scheduler.reads[node]
+            if self._facts[node].runs:
+                yield node, self._values_read(reads)
+                reads = []
+
+
+def _held_by_call(joint: Joint) -> list[tuple[Node, int]]:
+    """What `runtime` keeps besides until backward starts: random states, and copies of buffers.
+
+    Without them, forward could not be run again where the backward graph does not apply.
+    """
+    random = {ops.node_device(n): n for n in joint.forward_nodes() if ops.node_is_random(n)}
+    copied = [joint.primals[name] for name in read_before_written(joint)]
+    states = [(node, allocated_for_state(device)) for device, node in random.items()]
+    return [*states, *((node, allocated(node.meta["val"])) for node in copied)]
+
+
+def _moments(ledger: Ledger, boundary: int) -> tuple[Moment, ...]:
+    live = ledger.live()
+    moments = []
+    for time, node, extra in ledger.notable:
+        again = time > boundary and node.meta["phase"] == "forward"
+        phase = "forward" if time < boundary else "recompute" if again else "backward"
+        moments.append(Moment(node, phase, live[time] + extra))
+    return tuple(moments)

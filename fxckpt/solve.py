@@ -1,0 +1,222 @@
+"""What to save, as a linear program; pure numbers.
+
+NOTE [The program]
+
+Every value v that could be saved gets a variable s(v), every forward operation o a variable r(o):
+v is saved, o runs again.
+
+    minimise    sum of seconds(o) r(o)
+    subject to  s(v) + r(o) >= 1        for each v, result of o, that backward reads
+                r(o) <= s(u) + r(p)     for each operand u, result of p, that o reads
+                live(t) <= budget       at each moment t of forward and of backward
+
+What lives at a moment, besides what lives in any case: in forward, what is saved and was made
+before; in backward, what is saved up to the last time that backward reads it, and what is computed
+again from the first to the last time. No decision can do with less, so the optimum of the program,
+fractions allowed, is a bound for all of them.
+
+Decisions may need more. What is saved as an operand of something that runs again waits for that: a
+`patient` program counts it up to the time when backward reads the results, which is no bound, but
+nearly right for plans. The rest shows when a plan is replayed (see `search`); the program is then
+solved for a little less.
+
+Rows of moments are added only when a solution would violate them (cutting planes): of thousands, a
+few dozen matter. Solved by HiGHS through `scipy.optimize`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import linprog
+from scipy.sparse import csr_matrix, vstack
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+_MOST_CUTS = 24  # rows that one round of cutting planes adds
+_TOLERANCE = 1e-6  # of the budget
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """The numbers of a joint graph. Values and operations are counted in forward order.
+
+    Attributes:
+        sizes: Bytes of each value.
+        producer: The operation that computes each value.
+        seconds: Of each operation, if it runs again.
+        operands: The values that each operation reads.
+        reads: The values that each moment of backward reads.
+        last: The last moment of forward at which each value lives in any case.
+        forward: Bytes that live at each moment of forward, whatever is decided.
+        backward: Likewise.
+    """
+
+    sizes: Floats
+    producer: Ints
+    seconds: Floats
+    operands: Sequence[Sequence[int]]
+    reads: Sequence[Sequence[int]]
+    last: Ints
+    forward: Floats
+    backward: Floats
+
+
+@dataclasses.dataclass(frozen=True)
+class Solution:
+    """An optimum, fractions allowed.
+
+    Attributes:
+        saved: s(v).
+        seconds: What it minimised: no decision within the budget can do with less.
+    """
+
+    saved: Floats
+    seconds: float
+
+
+class Program:
+    """The program of one problem; cuts are kept for the next budget.
+
+    Args:
+        problem: The numbers.
+        patient: See the note. If not, the optimum is a bound.
+    """
+
+    def __init__(self, problem: Problem, *, patient: bool = False) -> None:
+        self.problem = problem
+        self._values, self._operations = len(problem.sizes), len(problem.seconds)
+        self._first, self._last = self._needs()
+        self._until = self._last
+        # What is one of several results is taken to be there only if its operation runs again and
+        # it is not saved itself: a variable of its own.
+        results = np.bincount(problem.producer, minlength=self._operations)
+        several = np.flatnonzero((results[problem.producer] > 1) & (self._last >= 0))
+        self._again = self._values + problem.producer.copy()
+        self._again[several] = self._values + self._operations + np.arange(len(several))
+        self._columns = self._values + self._operations + len(several)
+        self._several = several
+        if patient:
+            self._until = self._waited_for()
+        self._logic, self._logic_bounds = self._logic_rows()
+        self._objective = self._costs()
+        self._cuts: dict[int, csr_matrix] = {}  # by moment, those of forward first
+
+    def solve(self, budget: float) -> Solution | None:
+        """The optimum for a budget in bytes; None if nothing fits."""
+        problem = self.problem
+        fixed = np.concatenate([problem.forward, problem.backward])
+        if fixed.max(initial=0.0) > budget:
+            return None
+        while True:
+            chosen = sorted(self._cuts)
+            matrix = vstack([self._logic, *(self._cuts[t] / budget for t in chosen)], format="csr")
+            room = (budget - fixed[chosen]) / budget
+            bounds = np.concatenate([self._logic_bounds, room])
+            found = linprog(self._objective, matrix, bounds, bounds=(0, 1), method="highs")
+            if found.x is None:
+                return None
+            if not self._cut(self._live(found.x) - budget, budget):
+                break
+        s = found.x[: self._values]
+        again = found.x[self._values : self._values + self._operations]
+        return Solution(s, float(problem.seconds @ again))
+
+    def _cut(self, over: Floats, budget: float) -> bool:
+        """Adds rows for the moments that are over most; whether there are any."""
+        left, right = np.append(-np.inf, over[:-1]), np.append(over[1:], -np.inf)
+        tops = np.flatnonzero((over > _TOLERANCE * budget) & (over >= left) & (over >= right))
+        new = [int(t) for t in tops if int(t) not in self._cuts]
+        new.sort(key=lambda t: -over[t])
+        for t in new[:_MOST_CUTS]:
+            self._cuts[t] = self._row(t)
+        return bool(new)
+
+    def _live(self, x: Floats) -> Floats:
+        """Bytes at each moment, those of forward first."""
+        problem, sizes = self.problem, self.problem.sizes
+        saved, again = sizes * x[: self._values], sizes * x[self._again]
+        ahead, behind = len(problem.forward), len(problem.backward)
+        forward = _sums(ahead, problem.last + 1, np.full(self._values, ahead), saved)
+        backward = _sums(behind, np.zeros(self._values, int), self._until + 1, saved)
+        backward += _sums(behind, self._first, self._last + 1, again)
+        return np.concatenate([problem.forward + forward, problem.backward + backward])
+
+    def _row(self, moment: int) -> csr_matrix:
+        problem, sizes = self.problem, self.problem.sizes
+        row = np.zeros(self._columns)
+        t = moment - len(problem.forward)
+        there = problem.last < moment if t < 0 else self._until >= t
+        row[: self._values][there] = sizes[there]
+        if t >= 0:
+            there = (self._first <= t) & (t <= self._last)
+            np.add.at(row, self._again[there], sizes[there])
+        return csr_matrix(row)
+
+    def _needs(self) -> tuple[Ints, Ints]:
+        """The first and the last moment at which backward reads each value."""
+        first = np.full(self._values, len(self.problem.backward))
+        last = np.full(self._values, -1)
+        for moment, values in enumerate(self.problem.reads):
+            for v in values:
+                first[v] = min(first[v], moment)
+                last[v] = moment
+        return first, last
+
+    def _waited_for(self) -> Ints:
+        """When the last operation that reads each value would run again, if it is later."""
+        problem, until = self.problem, self._last.copy()
+        own = np.full(self._operations, len(problem.backward))  # when results are read first
+        for v, o in enumerate(problem.producer):
+            own[o] = min(own[o], self._first[v])
+        waiting = np.full(self._operations, -1)  # or else, when readers run last
+        for o in range(self._operations - 1, -1, -1):
+            when = int(own[o]) if own[o] < len(problem.backward) else int(waiting[o])
+            for u in problem.operands[o]:
+                p = int(problem.producer[u])
+                waiting[p] = max(waiting[p], when)
+                until[u] = max(until[u], when)
+        return until
+
+    def _logic_rows(self) -> tuple[csr_matrix, Floats]:
+        """The rows that do not concern memory, as matrix x <= bounds."""
+        rows = [*self._logic_row()]
+        entries = [(i, c, f) for i, (row, _) in enumerate(rows) for c, f in row]
+        i, c, f = zip(*entries, strict=True) if entries else ((), (), ())
+        matrix = csr_matrix((f, (i, c)), shape=(len(rows), self._columns))
+        return matrix, np.array([bound for _, bound in rows])
+
+    def _logic_row(self) -> Iterator[tuple[list[tuple[int, float]], float]]:
+        problem, n = self.problem, self._values
+        for v in np.flatnonzero(self._last >= 0):
+            yield [(int(v), -1.0), (n + int(problem.producer[v]), -1.0)], -1.0
+        for o, operands in enumerate(problem.operands):
+            for u in operands:
+                p = int(problem.producer[u])
+                if p != o:
+                    yield [(n + o, 1.0), (u, -1.0), (n + p, -1.0)], 0.0
+        for v in self._several:
+            o = int(problem.producer[v])
+            yield [(n + o, 1.0), (int(v), -1.0), (int(self._again[v]), -1.0)], 0.0
+
+    def _costs(self) -> Floats:
+        """Seconds; and so little for each byte saved that it decides only between equals."""
+        problem = self.problem
+        costs = np.zeros(self._columns)
+        costs[self._values : self._values + self._operations] = problem.seconds
+        weight = 1e-6 * problem.seconds.sum() / max(problem.sizes.sum(), 1.0)
+        costs[: self._values] = weight * problem.sizes
+        return costs
+
+
+def _sums(count: int, begin: Ints, end: Ints, amounts: Floats) -> Floats:
+    """At each moment, the sum of the amounts that have begun and not ended."""
+    change = np.zeros(count + 1)
+    present = begin < end
+    np.add.at(change, begin[present], amounts[present])
+    np.add.at(change, end[present], -amounts[present])
+    return np.cumsum(change[:-1])

@@ -1,0 +1,307 @@
+"""Replays of decisions agree, byte for byte, with what the emitted graphs hold while they run.
+
+The reference runs the graphs on real tensors, one node after the other, and adds up the storages of
+all variables that the generated code would still have. It shares no code with `fxckpt.memory`.
+"""
+
+import dataclasses
+import gc
+import itertools
+import timeit
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from operator import getitem
+from typing import Any
+
+import pytest
+import torch
+from helpers import MODELS, Function, build_step, captures, joint_of, tensors_in, train
+from hypothesis import example, given
+from hypothesis import strategies as st
+from test_random_models import instructions, make_program, random_policy
+from test_random_models import run as run_program
+from torch import Tensor, nn
+from torch.autograd.profiler import profile
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+from torch.nn import functional as F
+
+import fxckpt
+from bench.models import build
+from fxckpt import ledger, memory, ops, runtime, workspace
+from fxckpt.policies import resolve
+
+aten = torch.ops.aten
+STATE = torch.get_rng_state().nbytes
+
+
+# --- the reference --------------------------------------------------------------------------------
+
+
+def storages(values: Iterable[Any]) -> dict[int, int]:
+    """Address and size of every storage under `values`."""
+    found = [t.untyped_storage() for t in tensors_in(list(values))]
+    return {s._cdata: s.nbytes() for s in found}
+
+
+def is_operation(node: Node) -> bool:
+    """Whether a node is more than a view, and more than the copy that ends a forward graph."""
+    views = (getitem, aten._unsafe_view.default)
+    if node.target in views or node.meta.get("alias") is not None:
+        return False
+    return node.target is not aten.copy_.default or "phase" in node.meta
+
+
+def interpret(graph: Graph, args: list[Any], there: set[int], held: list[Any]) -> tuple[Any, list]:
+    """Results, and the bytes that live at each operation.
+
+    Args:
+        graph: What to run.
+        args: Its arguments.
+        there: Storages that do not count.
+        held: Values that live all the time.
+    """
+    env = dict(zip((n for n in graph.nodes if n.op == "placeholder"), args, strict=True))
+    args.clear()
+    waiting = {n: set(n.users) for n in graph.nodes}
+    live = []
+    for node in graph.nodes:
+        if node.op == "call_function":
+            values = map_arg((node.args, node.kwargs), env.__getitem__)
+            env[node] = node.target(*values[0], **values[1])
+            if is_operation(node):
+                alive = storages([*env.values(), *held])
+                live.append(sum(size for key, size in alive.items() if key not in there))
+            for read in (*node.all_input_nodes, node):
+                waiting[read].discard(node)
+                if not waiting[read]:
+                    del env[read]
+    return map_arg(graph.output_node().args[0], env.__getitem__), live
+
+
+class Watch:
+    """Runs the graphs of rewritten modules by `interpret`."""
+
+    def __init__(self) -> None:
+        self.forward: list[int] = []
+        self.backward: list[int] = []
+        self.graph: Any = None  # of the latest backward
+        self._primals: list[Tensor] = []
+        self._there: set[int] = set()
+        self._outputs: list[Tensor] = []
+
+    def run(self, program: runtime.Program, key: Any, graph: Any, values: list[Any]) -> Any:
+        program.untried.discard(key)
+        with runtime._as_recorded():
+            if key is None:
+                return self._run_forward(program, graph, values)
+            held = [*self._outputs, *values[-len(program.joint.cotangents) :]]
+            self.graph = graph
+            results, self.backward = interpret(graph.graph, values, self._there, held)
+            return results
+
+    def _run_forward(self, program: runtime.Program, graph: Any, values: list[Any]) -> Any:
+        self._primals = list(values)  # which would free their addresses for others if they died
+        self._there = set(storages(values))
+        besides = sum(values[i].nbytes for i in program.fragile)
+        joint = program.joint
+        besides += STATE * any(ops.node_is_random(n) for n in joint.forward_nodes())
+        results, live = interpret(graph.graph, values, self._there, [])
+        self._outputs = list(results[: len(joint.outputs)])
+        self.forward = [size + besides for size in live]
+        return results
+
+
+@contextmanager
+def watched() -> Iterator[Watch]:
+    """Graphs run inside are watched."""
+    watch, original = Watch(), runtime.Program.run
+    runtime.Program.run = lambda self, *args: watch.run(self, *args)
+    try:
+        yield watch
+    finally:
+        runtime.Program.run = original
+
+
+def assert_agrees(watch: Watch, model: nn.Module, policy: Any) -> None:
+    """The latest run of a model held what a replay says."""
+    joint = joint_of(model)
+    replay = memory.replay(joint, resolve(policy)(joint))
+    found = {
+        "forward": [m.live for m in replay.moments if m.phase == "forward"],
+        "backward": [m.live for m in replay.moments if m.phase != "forward"],
+    }
+    assert found["forward"] == watch.forward
+    if watch.graph is captures(model)[-1].program.split.backward:  # not one for other cotangents
+        assert found["backward"] == watch.backward
+        assert replay.peak == max(watch.forward + watch.backward)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def without_workspaces() -> Iterator[None]:
+    """The reference does not look into kernels."""
+    known = dict(workspace._ON_CPU)
+    workspace._ON_CPU.clear()
+    yield
+    workspace._ON_CPU.update(known)
+
+
+@pytest.mark.parametrize(
+    ("name", "policy"), [*itertools.product(MODELS, ("everything", "nothing", "dots", "block"))]
+)
+def test_models(name: str, policy: str) -> None:
+    case = build(name, tiny=True)
+    model = fxckpt.rewrite(case.model, policy, strict=True)
+    with watched() as watch:
+        train(model, build_step(case), steps=2)
+        assert_agrees(watch, model, policy)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_random_decisions(name: str) -> None:
+    case = build(name, tiny=True)
+    policy = random_policy(3, 2)
+    model = fxckpt.rewrite(case.model, policy, strict=True)
+    with watched() as watch:
+        train(model, build_step(case), steps=2)
+        assert_agrees(watch, model, policy)
+
+
+@given(
+    code=instructions,
+    kind=st.sampled_from(["plain", "leaf", "transposed"]),
+    seed=st.integers(0, 9),
+    share=st.integers(0, 4),
+)
+@example(code=[("loss", 0, 0, 0)], kind="leaf", seed=0, share=0)  # larger than it looks
+@example(code=[("fill_new", 0, 1, 0), ("batch_norm", 2, 0, 2)], kind="plain", seed=0, share=0)
+@example(code=[("conv", 0, 0, 1), ("dropout_in_place", 0, 0, 0)], kind="leaf", seed=0, share=0)
+def test_random_programs(code: list[Any], kind: str, seed: int, share: int) -> None:
+    policy = random_policy(seed, share)
+    model = fxckpt.rewrite(make_program(code, 4), policy, strict=True)
+    with watched() as watch:
+        try:
+            run_program(model, kind, 3, 4)
+        except (RuntimeError, fxckpt.CaptureError):
+            return  # eager raises too: see `test_random_models`
+    if watch.forward:  # else there was nothing to save, and the model ran as it is
+        assert_agrees(watch, model, policy)
+
+
+# --- against the allocator ------------------------------------------------------------------------
+
+REAL: dict[str, dict[str, Any]] = {
+    "gpt2": {"layers": 2, "width": 128, "vocab": 1024},
+    "vit": {"layers": 2},
+    "resnet": {"layers": 10},
+    "unet": {"layers": 2, "width": 16, "image": 48},
+}
+
+
+@pytest.fixture
+def with_workspaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The allocator sees what kernels take."""
+    for name in ("_convolution", "_convolution_backward"):
+        monkeypatch.setitem(workspace._ON_CPU, "aten::" + name[1:], getattr(workspace, name))
+
+
+def allocation_peak(case: Any, batch: Any) -> int:
+    """The most that the allocator has handed out at any moment of one step."""
+    with profile(profile_memory=True) as profiler:
+        case.loss(case.model(**batch)).backward()
+    events = sorted(profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    return max(itertools.accumulate(e.nbytes() for e in events if e.name() == "[memory]"))
+
+
+@pytest.mark.parametrize("policy", ["everything", "nothing", "dots"])
+@pytest.mark.parametrize("name", REAL)
+def test_real_allocations(name: str, policy: str, with_workspaces: None) -> None:
+    case = build(name, **REAL[name])
+    case = dataclasses.replace(case, model=fxckpt.rewrite(case.model, policy, strict=True))
+    train(case.model, build_step(case), steps=2)
+    case.model.zero_grad()
+    gc.collect()
+    peak = allocation_peak(case, case.batch(0))
+    joint = joint_of(case.model)
+    replay = memory.Memory(joint, outputs_held=False).replay(resolve(policy)(joint))
+    assert replay.peak == pytest.approx(peak, rel=0.01)
+
+
+# --- what a planner reads -------------------------------------------------------------------------
+
+
+def joint_graph(function: Any, *args: Tensor) -> Any:
+    """The joint graph of a function of (module, *args)."""
+    model = Function(function, 8)
+    return joint_of(fxckpt.rewrite(model, "nothing", strict=True, example_inputs=args))
+
+
+def named(nodes: Iterable[Node]) -> list[str]:
+    return [node.name for node in nodes]
+
+
+def test_recomputing_takes_roots_and_no_primals() -> None:
+    def forward(m: Function, x: Tensor) -> Tensor:
+        y = (x @ m.weight).exp()
+        return (y.t() @ F.layer_norm(y, (8,)) + x.t() @ y).sin()
+
+    known = memory.Memory(joint_graph(forward, torch.randn(8, 8)))
+    inputs = {node.name: named(read) for node, read in known.inputs_of.items()}
+    assert inputs["exp"] == ["mm"]
+    assert inputs["mm"] == []
+    assert inputs["native_layer_norm"] == ["exp"]
+    assert inputs["mm_1"] == ["exp", "getitem"]
+    assert inputs["mm_2"] == ["exp"]
+    assert named(known.values) == "mm exp getitem getitem_1 getitem_2 mm_1 mm_2 add sin".split()
+    needed = {node.name: named(read) for node, read in known.needed_by.items()}
+    assert needed["cos"] == ["add"]
+    assert needed["native_layer_norm_backward"] == ["exp", "getitem_1", "getitem_2"]
+
+
+def test_outputs_cost_nothing_to_save() -> None:
+    joint = joint_graph(lambda m, x: (x @ m.weight).exp(), torch.randn(8, 8))
+    held, dropped = memory.Memory(joint), memory.Memory(joint, outputs_held=False)
+    assert [held.cost[n] for n in held.values] == [256, 0]
+    assert [dropped.cost[n] for n in dropped.values] == [256, 256]
+
+
+def test_operations_with_several_results_run_again_as_one() -> None:
+    joint = joint_graph(lambda m, x: F.layer_norm(x @ m.weight, (8,)).sin(), torch.randn(8, 8))
+    replay = memory.replay(joint, ())
+    assert {n.name for n in replay.recomputed} == {"mm", "native_layer_norm"}
+    assert [m.phase for m in replay.moments].count("recompute") == 2
+
+
+def test_peak_names_what_is_alive() -> None:
+    joint = joint_graph(lambda m, x: (x @ m.weight).exp().sin(), torch.randn(8, 8))
+    replay = memory.replay(joint, {value.node for value in joint.values()})
+    alive = replay.at_peak()
+    assert sum(size for _, size in alive) == replay.peak
+    assert "exp" in named(node for node, _ in alive)
+    assert replay.saved == 256  # what sin and exp are differentiated by: the same value
+
+
+def test_fixed_bytes_are_a_lower_bound() -> None:
+    case = build("gpt2", tiny=True)
+    model = fxckpt.rewrite(case.model, "nothing", strict=True, example_inputs=case.batch(0))
+    joint = joint_of(model)
+    known = memory.Memory(joint)
+    for policy in ("everything", "nothing", "dots"):
+        replay = known.replay(resolve(policy)(joint))
+        live = {(m.node, m.phase): m.live for m in replay.moments if m.phase != "recompute"}
+        assert all(m.live <= live[m.node, m.phase] for m in known.fixed.moments)
+    assert [m.node for m in known.fixed.moments if m.phase == "backward"] == [*known.needed_by]
+
+
+def test_cuda_rounds_up() -> None:
+    assert ledger.rounded(1, torch.device("cuda")) == 512
+    assert ledger.rounded(1024, torch.device("cuda")) == 1024
+    assert ledger.rounded(1, torch.device("cpu")) == 1
+
+
+def test_replay_is_fast() -> None:
+    case = build("gpt2", layers=12, width=16, heads=2, batch=1, seq=8, vocab=32)
+    model = fxckpt.rewrite(case.model, "nothing", strict=True, example_inputs=case.batch(0))
+    known = memory.Memory(joint_of(model))
+    saved = known.values[::2]
+    assert min(timeit.repeat(lambda: known.replay(saved), number=1, repeat=5)) < 0.1

@@ -1,0 +1,231 @@
+"""Plans: within the budget, near the bound, never worse than simple strategies, bit-identical."""
+
+import itertools
+import math
+import re
+
+import pytest
+import torch
+from helpers import (
+    MODELS,
+    Function,
+    LiveBytes,
+    all_dispatched,
+    assert_same_training,
+    captures,
+    chain,
+    joint_of,
+    total,
+)
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import LlamaConfig, LlamaModel
+
+import fxckpt
+from bench.models import build
+from fxckpt import BudgetError, policies
+from fxckpt.joint import Joint
+from fxckpt.planner import Planner, parse_budget, readable
+
+ROWS, WIDTH = 64, 8
+
+# --- against all decisions ------------------------------------------------------------------------
+
+STEPS = {
+    "sin": lambda m, values, i: values[i].sin(),
+    "square": lambda m, values, i: values[i] * values[i],
+    "add": lambda m, values, i: values[i] + values[-1],
+    "mul": lambda m, values, i: values[i] * values[-1],
+    "mm": lambda m, values, i: values[i] @ m.weight,
+    "halves": lambda m, values, i: torch.cat(values[i].exp().chunk(2, 1), 0),
+    "norm": lambda m, values, i: torch.layer_norm(values[i], values[i].shape[-1:]),
+}
+
+
+@st.composite
+def joints(draw: st.DrawFn) -> Joint:
+    """Of programs with up to eight operations."""
+    names = draw(st.lists(st.sampled_from([*STEPS]), min_size=2, max_size=5))
+    reads = [draw(st.integers(-3, -1)) for _ in names]
+
+    def forward(m: Function, x: Tensor) -> Tensor:
+        values = [x, x @ m.weight]
+        for name, i in zip(names, reads, strict=True):
+            i = max(i, -len(values))
+            if values[i].shape == values[-1].shape and values[i].shape[1] == WIDTH:
+                values.append(STEPS[name](m, values, i))
+                if name == "halves":
+                    values[-1] = values[-1].view(ROWS, WIDTH)
+        return values[-1].sum()
+
+    model = Function(forward, WIDTH)
+    x = torch.ones(ROWS, WIDTH)
+    return joint_of(fxckpt.rewrite(model, "nothing", strict=True, example_inputs=(x,)))
+
+
+@settings(max_examples=15)
+@given(joints())
+def test_no_decision_is_better_than_the_bound(joint: Joint) -> None:
+    planner = Planner(joint, device="v100", seconds=0.1)
+    values = planner.memory.values
+    assume(len(values) <= 9)
+    decisions = []
+    for chosen in itertools.product([False, True], repeat=len(values)):
+        saved = {v for v, keep in zip(values, chosen, strict=True) if keep}
+        replay = planner.memory.replay(saved)
+        seconds = sum(planner.seconds[n] for n in replay.recomputed)
+        decisions.append((replay.peak, seconds))
+    budgets = sorted({peak for peak, _ in decisions})
+    for budget in budgets[:: max(len(budgets) // 6, 1)]:
+        optimum = min(seconds for peak, seconds in decisions if peak <= budget)
+        plan = planner.plan(budget)
+        assert plan.peak <= budget
+        assert plan.bound <= optimum * (1 + 1e-6)
+        assert plan.seconds <= optimum * (1 + plan.gap) * (1 + 1e-6)
+    with pytest.raises(BudgetError):
+        planner.plan(min(peak for peak, _ in decisions) - 1)
+
+
+# --- against simple strategies --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_never_worse_than_a_simple_strategy(name: str) -> None:
+    case = build(name, tiny=True)
+    model = fxckpt.rewrite(case.model, "nothing", strict=True, example_inputs=case.batch(0))
+    joint = joint_of(model)
+    planner = Planner(joint, device="v100", seconds=1.0)
+    for decide in policies.NAMES.values():
+        try:
+            replay = planner.memory.replay(decide(joint))
+        except fxckpt.PolicyError:
+            continue
+        plan = planner.plan(replay.peak)
+        assert plan.peak <= replay.peak
+        assert plan.seconds <= math.fsum(planner.seconds[n] for n in replay.recomputed)
+
+
+def test_a_larger_budget_is_never_slower() -> None:
+    model, x = chain(12, 16), torch.ones(256, 16)
+    plans = fxckpt.frontier(model, x, points=9, device="v100")
+    assert len(plans) == 9
+    assert [p.seconds for p in plans] == sorted((p.seconds for p in plans), reverse=True)
+    assert all(p.peak <= p.budget for p in plans)
+    assert plans[-1].seconds == 0 < plans[0].seconds
+
+
+def test_plans_are_deterministic() -> None:
+    model, x = chain(12, 16), torch.ones(256, 16)
+    found = [fxckpt.plan(model, x, budget=0.8, device="v100") for _ in range(2)]
+    names = [sorted(node.name for node in plan.saved) for plan in found]
+    assert names[0] == names[1]
+
+
+# --- measured -------------------------------------------------------------------------------------
+
+
+def held(model: nn.Module, *args: Tensor, **kwargs: Tensor) -> int:
+    """The peak of a step, in bytes."""
+    for p in model.parameters():
+        p.grad = None
+    with all_dispatched(LiveBytes()) as memory:
+        out = model(*args, **kwargs)
+        total(out).backward()
+    return memory.peak
+
+
+@pytest.mark.parametrize("fraction", [0.9, 0.7, 0.65])
+def test_measured_peak_is_within_the_budget(fraction: float) -> None:
+    model, x = chain(12, 16), torch.ones(4096, 16)
+    eager = held(model, x)
+    budget = int(fraction * eager)
+    new = fxckpt.rewrite(model, budget=budget)
+    for _ in range(3):
+        assert held(new, x) <= budget + x.nbytes  # `total` computes outside of the model
+    plan = fxckpt.plan(model, x, budget=budget)
+    assert plan.peak <= budget
+    assert plan.eager_peak == pytest.approx(eager, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert", "resnet", "unet", "t5"])
+def test_training_within_a_budget_is_exact(name: str) -> None:
+    """Half way between the least and the most."""
+    case = build(name, tiny=True)
+    budget = fxckpt.frontier(case.model, points=3, planning_seconds=1.0, **case.batch(0))[1].budget
+    model = assert_same_training(
+        lambda: build(name, tiny=True).model,
+        case.batch,
+        case.loss,
+        None,
+        budget=budget,
+        planning_seconds=1.0,
+    )
+    assert captures(model)
+
+
+# --- budgets --------------------------------------------------------------------------------------
+
+
+def test_all_of_the_memory_recomputes_nothing() -> None:
+    model, x = chain(4, 8), torch.ones(32, 8)
+    plan = fxckpt.plan(model, x, budget=1.0)
+    assert plan.seconds == plan.overhead == plan.gap == 0
+    assert not plan.replay.recomputed
+
+
+def test_infeasible_budget_says_what_is_feasible() -> None:
+    model, x = chain(6, 16), torch.ones(512, 16)
+    with pytest.raises(BudgetError, match="no plan fits a budget of 1000 bytes") as caught:
+        fxckpt.plan(model, x, budget=1000)
+    least = int(re.search(r"The least .*? \((\d+) bytes", str(caught.value))[1])
+    assert fxckpt.plan(model, x, budget=least).peak <= least
+    with pytest.raises(BudgetError):
+        fxckpt.rewrite(model, budget=1000)(x)
+
+
+def test_parts_of_a_model_that_falls_back_save_as_little_as_possible() -> None:
+    last = Function(lambda m, x: x * x.detach().sum().item())
+    new = fxckpt.rewrite(nn.Sequential(chain(6, 8), last), budget=0.5)
+    x = torch.ones(512, 8)
+    with pytest.warns(fxckpt.FallbackWarning, match="but for 1 of its parts"):
+        total(new(x)).backward()
+
+
+@pytest.mark.parametrize("bad", [0, -1, 0.0, 1.5, "8 apples", "", ".", "1.2.3MB", True, None, [1]])
+def test_budget_that_is_none(bad: object) -> None:
+    with pytest.raises(BudgetError, match=r"budget=.*expected a positive number of bytes"):
+        parse_budget(bad)
+
+
+def test_budgets() -> None:
+    def size(budget: object) -> int:
+        return parse_budget(budget)(1000)
+
+    assert size("8GiB") == 8 * 2**30
+    assert size("8 GB") == 8 * 10**9
+    assert size("1.5kB") == 1500
+    assert size("77") == 77
+    assert size(77) == 77
+    assert size(0.25) == 250
+    assert size(1.0) == 1000
+    assert readable(77) == "77 bytes"
+
+
+def test_budget_and_policy_exclude_each_other() -> None:
+    with pytest.raises(BudgetError, match="leave out policy"):
+        fxckpt.rewrite(nn.Linear(2, 2), "dots", budget=0.5)
+    with pytest.raises(BudgetError, match="is not known: the names are v100"):
+        fxckpt.plan(nn.Linear(2, 2), torch.ones(1, 2), budget=0.5, device="v1000")
+
+
+@pytest.mark.slow
+def test_llama_of_seven_billion_parameters() -> None:
+    config = LlamaConfig(num_hidden_layers=32, use_cache=False)
+    with FakeTensorMode():
+        model = LlamaModel(config)
+        tokens = torch.zeros(4, 4096, dtype=torch.long)
+        plan = fxckpt.plan(model.train(), tokens, budget=0.7, device="h200")
+    assert plan.peak <= 0.7 * plan.eager_peak
+    assert 0 < plan.overhead < 0.2
