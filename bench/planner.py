@@ -1,0 +1,187 @@
+"""Plans for models of ordinary size, on fake tensors: overhead, bound and gap for each budget.
+
+python bench/planner.py                              all models
+python bench/planner.py --model gpt2 resnet50 --budget 50 30 --write bench/results/plans.md
+
+Budgets are in per cent of what eager holds at its peak, parameters included; where a row is empty,
+no plan was found. Nothing is run: times are those of the cost model, for an H200 in bfloat16
+(language models) and a V100 in float32 (vision). The second table compares usual strategies with a
+plan for exactly the peak of each.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import transformers
+from tabulate import tabulate
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from bench.models import build
+from fxckpt import BudgetError, PolicyError, policies
+from fxckpt.capture import capture
+from fxckpt.joint import Joint
+from fxckpt.planner import Planner
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model, its arguments, and the device to plan for."""
+
+    make: Callable[[], tuple[nn.Module, dict[str, Any]]]
+    device: str
+    dtype: torch.dtype = torch.bfloat16
+
+
+def tokens(batch: int, length: int) -> dict[str, Any]:
+    """Arguments of a language model."""
+    return {"input_ids": torch.zeros(batch, length, dtype=torch.long)}
+
+
+def gpt2(dropout: float = 0.0, **options: Any) -> nn.Module:
+    """GPT-2 without its head."""
+    rates = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), dropout)
+    return transformers.GPT2Model(transformers.GPT2Config(use_cache=False, **rates, **options))
+
+
+def bert() -> nn.Module:
+    """BERT-base without its head."""
+    rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return transformers.BertModel(transformers.BertConfig(**rates), add_pooling_layer=False)
+
+
+def llama() -> nn.Module:
+    """A Llama of 16 layers, without its head."""
+    sizes = {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 16}
+    config = transformers.LlamaConfig(num_attention_heads=16, use_cache=False, **sizes)
+    return transformers.LlamaModel(config)
+
+
+def of_case(name: str, **sizes: int) -> tuple[nn.Module, dict[str, Any]]:
+    """A case of `bench.models`."""
+    case = build(name, **sizes)
+    return case.model, case.batch(0)
+
+
+TARGETS = {
+    "gpt2": Target(lambda: (gpt2(), tokens(8, 1024)), "h200"),
+    "gpt2-24-layers": Target(lambda: (gpt2(n_layer=24), tokens(8, 1024)), "h200"),
+    "bert": Target(lambda: (bert(), tokens(32, 512)), "h200"),
+    "llama": Target(lambda: (llama(), tokens(4, 2048)), "h200"),
+    "resnet50": Target(
+        lambda: of_case("resnet", layers=50, width=64, batch=184, image=224, vocab=1000),
+        "v100",
+        torch.float32,
+    ),
+    "unet": Target(
+        lambda: of_case("unet", layers=4, width=64, batch=11, image=512), "v100", torch.float32
+    ),
+}
+
+
+def captured(target: Target) -> tuple[Joint, int]:
+    """The joint graph, and the bytes of the parameters."""
+    with FakeTensorMode():
+        torch.set_default_dtype(target.dtype)
+        try:
+            model, kwargs = target.make()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        tape = capture(model.train().forward, (), kwargs, module=model)
+        parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+        return tape.joint(tape.expected_backward()), parameters
+
+
+def budgets(planner: Planner, parameters: int, fractions: Sequence[float]) -> Iterator[list[Any]]:
+    """Rows of the first table."""
+    eager = planner.eager_peak + parameters
+    for fraction in fractions:
+        start = time.perf_counter()
+        budget = int(fraction / 100 * eager) - parameters
+        try:
+            plan = planner.plan(max(budget, 1))
+        except BudgetError:
+            yield [fraction, None, None, None, None, time.perf_counter() - start]
+            continue
+        seconds = time.perf_counter() - start
+        peak = (plan.peak + parameters) / GIB
+        bound = 100 * plan.bound / plan.step_seconds
+        yield [fraction, peak, 100 * plan.overhead, bound, 100 * plan.gap, seconds]
+
+
+def strategies(planner: Planner, joint: Joint, parameters: int) -> Iterator[list[Any]]:
+    """Rows of the second table."""
+    for name, decide in policies.NAMES.items():
+        try:
+            replay = planner.memory.replay(decide(joint))
+        except PolicyError:
+            continue
+        seconds = sum(planner.seconds[n] for n in replay.recomputed)
+        if not seconds or replay.peak >= planner.eager_peak:
+            continue
+        plan = planner.plan(replay.peak)
+        peak = 100 * (replay.peak + parameters) / (planner.eager_peak + parameters)
+        theirs, ours = 100 * seconds / plan.step_seconds, 100 * plan.overhead
+        yield [name, peak, theirs, ours, ours / theirs]
+
+
+def section(name: str, fractions: Sequence[float]) -> str:
+    """All about one model, in Markdown."""
+    target = TARGETS[name]
+    joint, parameters = captured(target)
+    start = time.perf_counter()
+    planner = Planner(joint, device=target.device)
+    prepared = time.perf_counter() - start
+    eager = (planner.eager_peak + parameters) / GIB
+    first = tabulate(
+        budgets(planner, parameters, fractions),
+        ["budget %", "peak GiB", "overhead %", "bound %", "gap %", "seconds"],
+        "github",
+        floatfmt=("g", ".2f", ".1f", ".1f", ".1f", ".1f"),
+    )
+    second = tabulate(
+        strategies(planner, joint, parameters),
+        ["strategy", "peak %", "overhead %", "plan at that peak %", "ratio"],
+        "github",
+        floatfmt=("", ".0f", ".1f", ".1f", ".2f"),
+    )
+    operations = len(joint.graph.nodes)
+    title = (
+        f"## {name}: eager peak {eager:.2f} GiB, {operations} nodes, prepared in {prepared:.1f} s"
+    )
+    return "\n\n".join([title, first, second])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints the tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", nargs="+", choices=[*TARGETS], default=[*TARGETS])
+    parser.add_argument("--budget", nargs="+", type=float, default=[90, 70, 50, 40, 30, 20])
+    parser.add_argument("--write", type=Path, metavar="FILE", help="write the page in Markdown")
+    options = parser.parse_args(arguments)
+    sections = []
+    for name in options.model:
+        sections.append(section(name, options.budget))
+        print(sections[-1], end="\n\n", flush=True)
+    if options.write:
+        versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+        head = f"# Plans\n\nBy `python bench/planner.py`, {time.strftime('%Y-%m-%d')}, {versions}."
+        options.write.write_text(
+            "\n\n".join([head, __doc__.split("\n\n", 2)[2].strip(), *sections]) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()
