@@ -17,6 +17,8 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from bench.models import Case
 
 EAGER = "eager"
+BUDGETS = (0.6, 0.4)
+"""Of the rows with a planner, relative to eager's peak, parameters not counted."""
 POLICIES = ("everything", "norm", "attention", "mlp", "dots", "block", "sqrt", "nothing")
 
 _aten = torch.ops.aten
@@ -67,8 +69,11 @@ def all_rows(budgets: Sequence[float] | None) -> list[Row]:
             Row(f"compile.inductor@{budget:g}", functools.partial(_inductor, budget=budget))
             for budget in budgets
         ]
-    return rows + [
+    rows += [
         Row(f"fxckpt.{policy}", functools.partial(_rewrite, policy=policy)) for policy in POLICIES
+    ]
+    return rows + [
+        Row(f"fxckpt@{budget:g}", functools.partial(_rewrite, budget=budget)) for budget in BUDGETS
     ]
 
 
@@ -125,5 +130,5 @@ def _inductor(case: Case, budget: float) -> Callable[..., Any]:
     return _compile(case.model, "inductor", budget)
 
 
-def _rewrite(case: Case, policy: str) -> Callable[..., Any]:
-    return importlib.import_module("fxckpt").rewrite(case.model, policy=policy)
+def _rewrite(case: Case, **options: Any) -> Callable[..., Any]:
+    return importlib.import_module("fxckpt").rewrite(case.model, **options)
