@@ -20,7 +20,7 @@ from helpers import (
     total,
     train,
 )
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -354,6 +354,7 @@ def test_verify_by_parts() -> None:
         fxckpt.verify(Net(data_dependent), batch(0), policy="nothing")
 
 
+@settings(max_examples=20)
 @given(
     first=st.sampled_from(sorted(ODD)),
     second=st.sampled_from(sorted(ODD)),

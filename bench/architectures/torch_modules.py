@@ -54,11 +54,9 @@ def samples(name: str, dtype: torch.dtype, *, training: bool) -> list[Architectu
 
 @functools.cache
 def _infos() -> dict[str, Any]:
-    may_set_flags = torch.backends.__allow_nonbracketed_mutation_flag
     # The import takes seconds, and changes settings of the whole process.
     with warnings.catch_warnings(), mock.patch.dict(os.environ):
         from torch.testing._internal.common_modules import module_db
-    torch.backends.__allow_nonbracketed_mutation_flag = may_set_flags
     return {info.name: info for info in module_db}
 
 
