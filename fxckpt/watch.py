@@ -24,9 +24,9 @@ from __future__ import annotations
 import types
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from itertools import chain
-from operator import is_, itemgetter
+from operator import contains, is_, itemgetter
 from typing import Any
 
 import torch
@@ -44,9 +44,12 @@ _GLOBAL_HOOKS = tuple(getattr(nn_module, f"_global{kind}") for kind in HOOKS)
 # What nn.Module itself reads; submodules, hooks, parameters and buffers are watched anyway.
 _INTERNALS = {*nn.Module().__dict__, *vars(nn.Module)} - {"training", "forward"}
 _LAZY = (nn.UninitializedParameter, nn.UninitializedBuffer)
-_members = itemgetter("_modules", "_parameters", "_buffers")
+_MEMBERS = ("_modules", "_parameters", "_buffers", *HOOKS)
+_members = itemgetter(*_MEMBERS)
 _DEPTH = 6
 _MOST = 5000
+
+Condition = Callable[[], bool]
 
 
 class Watch:
@@ -58,23 +61,19 @@ class Watch:
     """
 
     def __init__(self, module: nn.Module, most: int) -> None:
-        modules = [*module.modules()]
         self._root, self._most = weakref.ref(module), most
-        self._inner = modules[1:]
-        self._types = [type(m) for m in modules]
-        hooks = [*(getattr(m, kind) for m in modules for kind in HOOKS), *_GLOBAL_HOOKS]
-        self._members = [*chain.from_iterable(_members(m.__dict__) for m in modules)]
-        self._same_structure = _same_dictionaries([*(m._modules for m in modules), *hooks])
+        self._inner = [*module.modules()][1:]
         self._reads: Reads = set()
         self._globals: dict[int, list[str]] = {}  # names that functions read, by id of the globals
-        self._class_attributes: list[tuple[Any, str, Any]] = []
+        self._class_attributes: list[tuple[Any, str]] = []
+        self._structure = self._structure_now()
         self._contents: list[_Contents] = []
-        self._unchanged: Callable[[], bool] = lambda: False
         self._tensors: list[torch.Tensor] = []
         self._geometry: list[Any] = []
         self._numbers: OrderedDict[Hashable, tuple[int, Any]] = OrderedDict()
         self._count = 0
         self._number: int | None = None
+        self._unchanged: list[Condition] = []
 
     def state(self) -> int | None:
         """The same number for the same state; None if the structure of the module changed.
@@ -85,12 +84,12 @@ class Watch:
         Raises:
             CaptureError: if there is too much to watch.
         """
-        if self._structure_changed():
+        if self._number is not None and all(unchanged() for unchanged in self._unchanged):
+            return self._number
+        if not _same_objects(self._structure_now(), self._structure):
             return None
-        same = self._number is not None and _same_geometry(self._tensors, self._geometry)
-        if not (same and self._unchanged()):
-            self._number = self._look_up()
-            self._unchanged = _comparison(self._contents)
+        self._number = self._look_up()
+        self._unchanged = [*self._conditions()]
         return self._number
 
     def is_lazy(self) -> bool:
@@ -111,34 +110,32 @@ class Watch:
             self._contents = []
             self._numbers.clear()
             self._class_attributes = self._found_in_classes()
+            self._structure = self._structure_now()
 
     def _modules(self) -> list[nn.Module]:
         root = self._root()
         assert root is not None, "a module that is called exists"
         return [root, *self._inner]
 
-    def _structure_changed(self) -> bool:
-        members = chain.from_iterable(_members(m.__dict__) for m in self._modules())
-        if not all(map(is_, members, self._members)) or not self._same_structure():
-            return True
-        for cls, name, value in self._class_attributes:
-            if vars(cls).get(name) is not value:
-                return True
-        modules = self._modules()
-        if [*map(type, modules)] == self._types:
-            return False
-        return [original_class(type(m)) for m in modules] != [*map(original_class, self._types)]
+    def _structure_now(self) -> list[Any]:
+        """The objects of which the structure consists."""
+        found: list[Any] = [v for hooks in _GLOBAL_HOOKS for v in (*hooks, *hooks.values())]
+        for m in self._modules():
+            found += [original_class(type(m)), *_members(m.__dict__)]
+            for name in ("_modules", *HOOKS):
+                found += [*m.__dict__[name], *m.__dict__[name].values()]
+        return found + [vars(cls).get(name) for cls, name in self._class_attributes]
 
-    def _found_in_classes(self) -> list[tuple[Any, str, Any]]:
-        """What was read of classes: where it was found, its name, and what it is."""
-        found = {}
+    def _found_in_classes(self) -> list[tuple[Any, str]]:
+        """What was read of classes: where it was found, and its name."""
+        found: dict[tuple[Any, str], None] = {}
         for m in self._modules():
             for name in self._names(m):
                 mro = original_class(type(m)).__mro__
                 owner = next((c for c in mro if name in vars(c)), None)
                 if owner is not None and owner.__module__.partition(".")[0] != "torch":
-                    found[owner, name] = vars(owner)[name]
-        return [(owner, name, value) for (owner, name), value in found.items()]
+                    found[owner, name] = None
+        return [*found]
 
     def _names(self, m: nn.Module) -> list[str]:
         return sorted(name for module, name in self._reads if module == id(m))
@@ -182,7 +179,7 @@ class Watch:
                 add(_Contents(members, _required(reader(members)), id(members), slots), 1)
             if names := self._names(m):
                 add(_attributes(m, names, slots, is_root=m is modules[0]), 1)
-        functions = [value for _, _, value in self._class_attributes]
+        functions = [vars(cls).get(name) for cls, name in self._class_attributes]
         queue.extend((f, 1) for f in functions)
         while queue or functions:
             if not queue:  # what the functions found so far read of globals
@@ -204,31 +201,47 @@ class Watch:
                 raise CaptureError(f"forward may depend on more than {_MOST} objects")
         return [c for c in found.values() if not is_fixed(c.owner) or c.tensors()]
 
+    # -- whether all is as it was
 
-def _comparison(contents: list[_Contents]) -> Callable[[], bool]:
-    """A function that tells whether all contents are as they are now."""
-    dictionaries = [c.owner for c in contents if type(c.owner) is dict]
-    attributes = [c for c in contents if isinstance(c, _Attributes) and c.owner is not None]
-    rest = [c for c in contents if type(c.owner) is not dict and c not in attributes]
-    same_dictionaries = _same_dictionaries(dictionaries)
-    same_attributes = _same_attributes(attributes)
+    def _conditions(self) -> Iterator[Condition]:
+        """Functions that tell whether something is as it is now, mostly in C loops.
 
-    def unchanged() -> bool:
-        return same_dictionaries() and same_attributes() and all(c.unchanged() for c in rest)
+        None of them refers to the root, which keeps them.
+        """
+        root, inner, modules = self._root, self._inner, self._modules()
+        types_now, members = [*map(type, modules)], _members(modules[0].__dict__)
+        yield lambda: [type(root()), *map(type, inner)] == types_now
+        yield lambda: _same_objects(_members(_required(root()).__dict__), members)
+        attributes = [
+            c for c in self._contents if isinstance(c, _Attributes) and c.owner is not None
+        ]
+        names = {id(c.owner): c.names for c in attributes}
+        yield _same_attributes([(m.__dict__, names.get(id(m), ())) for m in inner])
+        held = [c.owner for c in self._contents if type(c.owner) is dict]
+        hooks = [m.__dict__[kind] for m in modules for kind in HOOKS]
+        yield _same_dictionaries([*_GLOBAL_HOOKS, *hooks, *(m._modules for m in modules), *held])
+        yield _same_class_attributes(self._class_attributes)
+        tensors, geometry = self._tensors, self._geometry
+        yield lambda: _same_geometry(tensors, geometry)
+        rest = [c for c in self._contents if type(c.owner) is not dict and id(c.owner) not in names]
+        yield lambda: all(c.unchanged() for c in rest)
 
-    return unchanged
+
+def _same_objects(now: Sequence[Any], before: Sequence[Any]) -> bool:
+    return len(now) == len(before) and all(map(is_, now, before))
 
 
-def _same_dictionaries(dictionaries: list[dict[Any, Any]]) -> Callable[[], bool]:
+def _same_dictionaries(dictionaries: list[dict[Any, Any]]) -> Condition:
     """Tells whether dictionaries hold the same objects under the same keys as now."""
-    sizes = [*map(len, dictionaries)]
-    full = [d for d in dictionaries if d]
+    empty, full = [d for d in dictionaries if not d], [d for d in dictionaries if d]
+    sizes = [*map(len, full)]
     keys = [*chain.from_iterable(full)]
     values = [*chain.from_iterable(map(dict.values, full))]
 
     def same() -> bool:
         return (
-            [*map(len, dictionaries)] == sizes
+            not any(empty)
+            and [*map(len, full)] == sizes
             and all(map(is_, chain.from_iterable(map(dict.values, full)), values))
             and [*chain.from_iterable(full)] == keys
         )
@@ -236,23 +249,32 @@ def _same_dictionaries(dictionaries: list[dict[Any, Any]]) -> Callable[[], bool]
     return same
 
 
-def _same_attributes(contents: list[_Attributes]) -> Callable[[], bool]:
-    """Tells likewise for some attributes of modules: new ones show in the number of attributes."""
-    dictionaries = [c.owner.__dict__ for c in contents]
-    sizes = [*map(len, dictionaries)]
-    there = [[n for n in c.names if n in d] for c, d in zip(contents, dictionaries, strict=True)]
-    pairs = [(itemgetter(*n, n[0]), d) for n, d in zip(there, dictionaries, strict=True) if n]
+def _same_attributes(attributes: list[tuple[dict[str, Any], Sequence[str]]]) -> Condition:
+    """Tells likewise for the members and some attributes of modules."""
+    getters: dict[tuple[str, ...], Any] = {}  # modules of one class share theirs
+    pairs, absent = [], []
+    for d, names in attributes:
+        there = (*_MEMBERS, *(n for n in names if n in d))
+        pairs.append((getters.setdefault(there, itemgetter(*there)), d))
+        absent += [(d, n) for n in names if n not in d]
     values = [*chain.from_iterable(get(d) for get, d in pairs)]
+    without, missing = [d for d, _ in absent], [n for _, n in absent]
 
     def same() -> bool:
-        if [*map(len, dictionaries)] != sizes:
-            return False
         try:
-            return all(map(is_, chain.from_iterable(get(d) for get, d in pairs), values))
+            now = chain.from_iterable(get(d) for get, d in pairs)
+            return all(map(is_, now, values)) and not any(map(contains, without, missing))
         except KeyError:
             return False
 
     return same
+
+
+def _same_class_attributes(attributes: list[tuple[Any, str]]) -> Condition:
+    values = [vars(cls).get(name) for cls, name in attributes]
+    return lambda: all(
+        vars(cls).get(name) is value for (cls, name), value in zip(attributes, values, strict=True)
+    )
 
 
 def _some(dictionary: dict[str, Any], names: list[str]) -> Read:

@@ -67,3 +67,24 @@ def test_nothing_changed_is_noticed_too() -> None:
         rewritten(torch.randn(3, 4)).sum().backward()
         rewritten.table = torch.ones(4)
     assert len(captures(rewritten)) == 1
+
+
+def test_hook_in_another_dictionary_of_hooks_is_noticed() -> None:
+    model = fxckpt.rewrite_(Configured(), "nothing")
+    x = torch.randn(3, 4)
+    model(x)
+    model.linear._forward_hooks = type(model.linear._forward_hooks)()  # as some remove all hooks
+    model(x)
+    model.linear.register_forward_hook(lambda *_: torch.zeros(3, 4))
+    with pytest.warns(fxckpt.FallbackWarning, match="a hook is registered"):
+        assert torch.equal(model(x), torch.ones(3, 4))
+
+
+def test_attribute_in_place_of_another_is_noticed() -> None:
+    model = fxckpt.rewrite_(Configured(), "nothing")
+    model.linear.tag = "not read"
+    x = torch.randn(3, 4)
+    assert not torch.equal(model(x), torch.ones(3, 4))
+    del model.linear.tag
+    model.linear.forward = lambda _: torch.zeros(3, 4)  # the number of attributes is the same
+    assert torch.equal(model(x), torch.ones(3, 4))

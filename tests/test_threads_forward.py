@@ -164,7 +164,8 @@ def test_two_that_share_modules_are_captured_at_once() -> None:
     base = Stack(1, dropout=0.0)
     expected = [gradients(base, batch(n)) for n in (5, 6, 7)]
     models = [fxckpt.rewrite(base, policy, strict=True) for policy in ("nothing", "dots")]
-    found = together(*(lambda m=m: [gradients(m, batch(n)) for n in (5, 6, 7)] for m in models * 2))
+    runs = [gradients_of(m) for m in models * 2]
+    found = together(*(lambda run=run: [run(batch(n)) for n in (5, 6, 7)] for run in runs))
     assert found == [expected] * 4
 
 

@@ -220,5 +220,5 @@ SHAPE, STRIDES, DTYPE, DEVICE, REQUIRES_GRAD, LEAF, TAGS, IDENTITY = map(_argume
 ARGUMENTS = constant(signature, "of_arguments", ())
 MODES = constant(signature, "of_modes", ())
 STATE = constant(watch.Watch, "state", 0)
-CONTENTS = constant(watch, "_comparison", lambda: True)  # what modules hold
-HOOKS_AND_CHILDREN = constant(watch.Watch, "_structure_changed", False)
+CONTENTS = constant(watch.Watch, "_conditions", ())  # what modules hold
+HOOKS_AND_CHILDREN = constant(watch, "_same_objects", True)
