@@ -11,8 +11,8 @@ from fxckpt.errors import (
 )
 from fxckpt.joint import Value
 from fxckpt.module import graphs, is_rewritten, restore_, rewrite, rewrite_
-from fxckpt.planner import Plan
-from fxckpt.planning import frontier, plan
+from fxckpt.planning import fit_batch, frontier, plan
+from fxckpt.plans import Plan
 from fxckpt.policies import RECOMPUTE, SAVE
 from fxckpt.verification import verify
 
@@ -29,6 +29,7 @@ __all__ = [
     "Plan",
     "PolicyError",
     "Value",
+    "fit_batch",
     "frontier",
     "graphs",
     "is_rewritten",

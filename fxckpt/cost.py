@@ -9,11 +9,7 @@ sums of these, so what matters are proportions.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from operator import getitem
 from typing import Any
 
@@ -23,132 +19,10 @@ from torch.fx.node import map_aggregate, map_arg
 from torch.utils.flop_counter import flop_registry
 
 from fxckpt import ops
-from fxckpt.invisible import outside_of_modes
 from fxckpt.joint import Joint
+from fxckpt.rates import Device, measured, seconds_of
 
 aten = torch.ops.aten
-
-# What kernels achieve of the figures in datasheets, which nothing reaches: large matrix products
-# come to 60 to 80 % of the arithmetic, copies to 80 to 90 % of the bandwidth.
-ACHIEVED_RATE, ACHIEVED_BANDWIDTH = 0.7, 0.85
-_LAUNCH = 5e-6  # of a CUDA kernel from Python
-
-
-@dataclasses.dataclass(frozen=True)
-class Device:
-    """How fast a device is.
-
-    Attributes:
-        name: What it is called.
-        flops: Operations per second of matrix products, by dtype; a dtype that is not there is as
-            fast as float32.
-        bandwidth: Bytes per second to and from memory.
-        launch: Seconds that any operation takes at least.
-    """
-
-    name: str
-    flops: Mapping[torch.dtype, float]
-    bandwidth: float
-    launch: float
-
-    def rate(self, dtype: torch.dtype) -> float:
-        """Operations per second on a dtype."""
-        return self.flops.get(dtype, self.flops[torch.float32])
-
-
-def _datasheet(
-    name: str, fp64: float, fp32: float, fp16: float, bf16: float, bandwidth: float
-) -> Device:
-    """A device by its datasheet: dense TFLOP/s without TF32, GB/s."""
-    by_dtype = {
-        torch.float64: fp64,
-        torch.float32: fp32,
-        torch.float16: fp16,
-        torch.bfloat16: bf16,
-    }
-    rates = {dtype: rate * 1e12 * ACHIEVED_RATE for dtype, rate in by_dtype.items()}
-    return Device(name, rates, bandwidth * 1e9 * ACHIEVED_BANDWIDTH, _LAUNCH)
-
-
-# From NVIDIA's datasheets: of the SXM variants where there are several, without sparsity, matrix
-# products in half precision by tensor cores that accumulate in float32. float64 is that of tensor
-# cores from the A100 on. The V100 computes bfloat16 as float32; so does the T4.
-DEVICES = {
-    device.name: device
-    for device in (
-        _datasheet("v100", 7.8, 15.7, 125, 15.7, 900),
-        _datasheet("t4", 0.25, 8.1, 65, 8.1, 320),
-        _datasheet("a100", 19.5, 19.5, 312, 312, 2039),
-        _datasheet("a10", 0.49, 31.2, 125, 125, 600),
-        _datasheet("l4", 0.47, 30.3, 121, 121, 300),
-        _datasheet("l40s", 1.4, 91.6, 362, 362, 864),
-        _datasheet("rtx3090", 0.56, 35.6, 71, 71, 936),
-        _datasheet("rtx4090", 1.3, 82.6, 165.2, 165.2, 1008),
-        _datasheet("h100", 67, 67, 989, 989, 3350),
-        _datasheet("h200", 67, 67, 989, 989, 4800),
-    )
-}
-
-
-# --- measuring a device ---------------------------------------------------------------------------
-
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-@functools.cache
-def measured(device: torch.device) -> Device:
-    """A device as it is found: matrix products of each dtype, copies, small operations."""
-    size, length = (4096, 1 << 26) if device.type == "cuda" else (384, 1 << 24)
-    with outside_of_modes(), torch.no_grad(), torch.autocast(device.type, enabled=False):
-        return Device(
-            str(device),
-            {dtype: _matrix_rate(device, dtype, size) for dtype in _DTYPES},
-            _bandwidth(device, length),
-            _launch(device),
-        )
-
-
-def _matrix_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
-    a = torch.ones(size, size, dtype=dtype, device=device)
-    return float(2 * size**3 / _seconds(lambda: a @ a, device))
-
-
-def _bandwidth(device: torch.device, length: int) -> float:
-    source = torch.ones(length, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * length / _seconds(lambda: target.copy_(source), device)
-
-
-def _launch(device: torch.device) -> float:
-    x = torch.ones(1, device=device)
-
-    def several() -> None:
-        for _ in range(100):
-            torch.neg(x)
-
-    return _seconds(several, device) / 100
-
-
-def _seconds(function: Callable[[], object], device: torch.device, repeats: int = 3) -> float:
-    """The median time of a few calls, after one that does not count."""
-
-    def timed() -> float:
-        _synchronize(device)
-        start = time.perf_counter()
-        function()
-        _synchronize(device)
-        return time.perf_counter() - start
-
-    timed()
-    return statistics.median(timed() for _ in range(repeats))
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-# --- the model ------------------------------------------------------------------------------------
 
 
 class Costs:
@@ -262,7 +136,7 @@ def _timed(node: Node, device: torch.device) -> float | None:
         args = (op, [(key, view, False) for key, view, _ in plan], *rest)
     function: Any = node.target
     try:
-        return _seconds(lambda: function(*args, **kwargs), device)
+        return seconds_of(lambda: function(*args, **kwargs), device)
     except (RuntimeError, IndexError, TypeError, ValueError):
         return None  # what it computes on has to fit together
 

@@ -11,9 +11,10 @@ from torch.fx import GraphModule
 
 from fxckpt import policies
 from fxckpt.captures import Options
-from fxckpt.errors import BudgetError, FxckptError
+from fxckpt.errors import BudgetError, FxckptError, PolicyError
 from fxckpt.installation import install, installed, plain, runner_of, uninstall
-from fxckpt.planner import WithinBudget
+from fxckpt.planner import AsPlanned, WithinBudget
+from fxckpt.plans import Plan
 from fxckpt.unit import Unit
 
 M = TypeVar("M", bound=nn.Module)
@@ -24,12 +25,14 @@ def rewrite(
     policy: Any = None,
     *,
     budget: int | str | float | None = None,
+    plan: Plan | None = None,
     save: Any = (),
     recompute: Any = (),
     example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
     cache_size: int = 32,
     strict: bool = False,
     planning_seconds: float = 10.0,
+    profile: bool = False,
 ) -> M:
     """A module like `model` whose training step keeps fewer activations and recomputes the rest.
 
@@ -49,6 +52,8 @@ def rewrite(
             fastest plan that is found to fit is used. What happens outside of `model` (a loss
             computed from its output, gradients that are accumulated) is not part of it, and nothing
             is promised for a model that falls back to eager.
+        plan: Instead of a policy or a budget: what `fxckpt.plan` returned or `Plan.load` read, for
+            the first call. Calls with other shapes get plans of their own, for the same budget.
         save: Selectors of values to save: module-path globs, module classes, operations.
         recompute: Selectors of values to recompute.
         example_inputs: Captures now, for these arguments: a tuple of positional or a dictionary of
@@ -56,13 +61,15 @@ def rewrite(
         cache_size: How many signatures are kept; the least recently used is dropped.
         strict: Raise `CaptureError` where the default is to run eagerly and warn once.
         planning_seconds: How long to look for a better plan, about, at each capture.
+        profile: Whether to time each distinct operation for planning, instead of taking its time
+            from rates of the device.
 
     Returns:
         A new module of the same class (its name and `isinstance` included).
 
     Raises:
-        PolicyError: if the policy or a selector makes no sense; selectors are matched when the
-            model is captured.
+        PolicyError: if the policy or a selector makes no sense; selectors are matched, and a plan
+            is compared with the graph that it was made for, when the model is captured.
         BudgetError: if the budget means nothing; when the model is captured, if no plan fits.
         CaptureError: with `strict`, if the model cannot be captured exactly.
         FxckptError: if `model` is not a module that can be rewritten.
@@ -80,12 +87,14 @@ def rewrite(
         plain(model),
         policy,
         budget=budget,
+        plan=plan,
         save=save,
         recompute=recompute,
         example_inputs=example_inputs,
         cache_size=cache_size,
         strict=strict,
         planning_seconds=planning_seconds,
+        profile=profile,
     )
 
 
@@ -94,27 +103,28 @@ def rewrite_(
     policy: Any = None,
     *,
     budget: int | str | float | None = None,
+    plan: Plan | None = None,
     save: Any = (),
     recompute: Any = (),
     example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
     cache_size: int = 32,
     strict: bool = False,
     planning_seconds: float = 10.0,
+    profile: bool = False,
 ) -> M:
     """Like `rewrite`, in place: `model` itself is rewritten, and returned.
 
     A module that is rewritten already gets the new policy instead. `restore_` undoes it.
     """
     _require_module("rewrite_", model)
-    decide: policies.Decide
-    if budget is None:
+    if budget is None and plan is None:
         decide = policies.resolve(policy, save=save, recompute=recompute)
     elif policy is None and not save and not recompute:
-        decide = WithinBudget(budget, planning_seconds)
+        decide = _planned(budget, plan, planning_seconds, profile)
     else:
         raise BudgetError(
-            f"rewrite(..., budget={budget!r}): the planner decides alone; leave out policy=, save= "
-            "and recompute="
+            f"rewrite(..., {f'budget={budget!r}' if plan is None else 'plan=...'}): the planner "
+            "decides alone; leave out policy=, save= and recompute="
         )
     if is_rewritten(model):
         restore_(model)
@@ -163,6 +173,24 @@ def graphs(model: nn.Module) -> tuple[GraphModule, GraphModule]:
             "gradients enabled, or pass example_inputs= to rewrite"
         )
     return latest.program.split.forward, latest.program.split.backward
+
+
+def _planned(
+    budget: int | str | float | None, plan: Plan | None, seconds: float, profile: bool
+) -> policies.Decide:
+    """What decides by a budget, or as planned."""
+    if plan is None:
+        return WithinBudget(budget, seconds, profile=profile)
+    if budget is not None:
+        raise BudgetError(
+            f"rewrite(..., budget={budget!r}, plan=...): a plan has its budget; leave out one"
+        )
+    if not isinstance(plan, Plan):
+        raise PolicyError(
+            f"rewrite(..., plan={plan!r}): expected what fxckpt.plan or fxckpt.Plan.load return, "
+            f"got {type(plan).__name__}"
+        )
+    return AsPlanned(plan, WithinBudget(plan.budget, seconds, profile=profile))
 
 
 # -- checks

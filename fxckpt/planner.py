@@ -7,61 +7,27 @@ given out whose replay needs more than the budget.
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from fxckpt import ops, policies
-from fxckpt.cost import DEVICES, Costs, Device, measured
+from fxckpt.cost import Costs, profiled
 from fxckpt.errors import BudgetError, PolicyError
 from fxckpt.joint import Joint
-from fxckpt.memory import Memory, Replay
+from fxckpt.memory import Memory
 from fxckpt.places import ROOT
+from fxckpt.plans import Holding, Plan, Step, fingerprint
+from fxckpt.rates import DEVICES, Device, measured
 from fxckpt.search import Found, Search
 
 _UNITS = {"": 1, "K": 1, "M": 2, "G": 3, "T": 4}
+AnyDevice = Device | torch.device | str | None
 _SECONDS_OF_REPLAY = 5e-6  # for each node of a graph, about
 _SHARE = 0.3  # of the seconds for planning that replays for one budget may take
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What to save, and what that comes to.
-
-    Attributes:
-        budget: Bytes that were given.
-        peak: Bytes that live at most, by the replay, above what was there when forward was called.
-        eager_peak: Likewise if all is saved.
-        seconds: What runs again takes, by the cost model.
-        step_seconds: What forward and backward take without that.
-        bound: Seconds that every plan within the budget takes at least.
-        saved: The values that are saved.
-        replay: The bytes at every moment.
-    """
-
-    budget: int
-    peak: int
-    eager_peak: int
-    seconds: float
-    step_seconds: float
-    bound: float
-    saved: frozenset[Node] = dataclasses.field(repr=False)
-    replay: Replay = dataclasses.field(repr=False)
-
-    @property
-    def overhead(self) -> float:
-        """What runs again, relative to the step."""
-        return self.seconds / self.step_seconds if self.step_seconds else 0.0
-
-    @property
-    def gap(self) -> float:
-        """How far from the bound the plan is, relative to the bound; 0 is optimal."""
-        if self.seconds <= self.bound:
-            return 0.0
-        return self.seconds / self.bound - 1 if self.bound else float("inf")
 
 
 class Planner:
@@ -69,8 +35,9 @@ class Planner:
 
     Args:
         joint: The graph.
-        device: Where it runs: a `Device`, a name in `DEVICES`, or None to measure the device that
-            the graph is on.
+        device: Where it runs: a `Device`, a name in `DEVICES`, a device to measure ("cuda"), or
+            None to measure the device that the graph is on.
+        profile: Whether to time each distinct operation there instead.
         seconds: What planning for one budget may take, about. It is translated into a number of
             steps, so that equal graphs get equal plans.
 
@@ -80,10 +47,16 @@ class Planner:
     """
 
     def __init__(
-        self, joint: Joint, *, device: Device | str | None = None, seconds: float = 10.0
+        self,
+        joint: Joint,
+        *,
+        device: AnyDevice = None,
+        profile: bool = False,
+        seconds: float = 10.0,
     ) -> None:
+        costs = _costs(joint, device, profile)
         self.memory = Memory(joint)
-        costs = Costs(_device(device, joint))
+        self._joint, self._device = joint, costs.device.name
         self.seconds = {n: costs.seconds(n) for n in joint.forward_nodes()}
         backward = sum(map(costs.seconds, joint.backward_nodes()))
         self._step_seconds = sum(self.seconds.values()) + backward
@@ -137,9 +110,11 @@ class Planner:
         return float(self.memory.fixed.peak)
 
     def _plan(self, budget: int, found: Found) -> Plan:
-        saved = frozenset(self._search.nodes(found.decision))
+        saved = self._search.nodes(found.decision)
+        replay = self.memory.replay(saved)
         # A plan is at most as good as the bound; where it is better by rounding, it is the bound.
         bound = min(self._search.bound(budget) or 0.0, found.seconds)
+        forward = [*self._joint.forward_nodes()]
         return Plan(
             budget,
             found.peak,
@@ -147,16 +122,19 @@ class Planner:
             found.seconds,
             self._step_seconds,
             bound,
-            saved,
-            self.memory.replay(saved),
+            self._device,
+            fingerprint(self._joint),
+            tuple(n.name for n in forward if n in saved),
+            tuple(n.name for n in forward if n in replay.recomputed),
+            tuple(Step(m.node.name, _path(m.node), m.phase, m.live) for m in replay.moments),
+            tuple(Holding(n.name, _path(n), size) for n, size in replay.at_peak()),
         )
 
     def _error(self, budget: int) -> BudgetError:
         least = self._search.least()
         largest = self.memory.replay(self._search.nodes(least.decision)).at_peak()[:5]
         values = ", ".join(
-            f"{node.name} ({node.meta.get('path') or 'the root'}, {readable(size)})"
-            for node, size in largest
+            f"{node.name} ({_path(node) or 'the root'}, {readable(size)})" for node, size in largest
         )
         return BudgetError(
             f"no plan fits a budget of {readable(budget)} ({budget} bytes). The least that was "
@@ -175,20 +153,50 @@ class WithinBudget:
     Args:
         budget: See `fxckpt.rewrite`.
         seconds: For planning.
+        profile: See `Planner`.
 
     Raises:
         BudgetError: if the budget is none. When called, if no plan fits.
     """
 
-    def __init__(self, budget: Any, seconds: float) -> None:
-        self._bytes_of, self._seconds = parse_budget(budget), seconds
+    def __init__(self, budget: Any, seconds: float, *, profile: bool = False) -> None:
+        self._bytes_of, self._seconds, self._profile = parse_budget(budget), seconds, profile
 
     def __call__(self, joint: Joint) -> set[Node]:
         """The values to save."""
         if joint.position != ROOT:
             return set()
-        planner = Planner(joint, seconds=self._seconds)
-        return set(planner.plan(self._bytes_of(planner.eager_peak)).saved)
+        planner = Planner(joint, profile=self._profile, seconds=self._seconds)
+        return planner.plan(self._bytes_of(planner.eager_peak)).nodes(joint)
+
+
+class AsPlanned:
+    """Decides as a plan says; other graphs than its own get plans for the same budget.
+
+    Args:
+        plan: The plan.
+        others: What decides on graphs that come after that of the plan, such as that of a last
+            batch that is smaller.
+
+    Raises:
+        PolicyError: when called, if the plan was made for another graph than the first.
+    """
+
+    def __init__(self, plan: Plan, others: WithinBudget) -> None:
+        self._plan, self._others, self._fits = plan, others, False
+
+    def __call__(self, joint: Joint) -> set[Node]:
+        """The values to save."""
+        if self._plan.is_for(joint):
+            self._fits = True
+            return self._plan.nodes(joint)
+        if not self._fits:
+            raise PolicyError(
+                "rewrite(..., plan=...): the plan was made for another graph: for another model, "
+                "other shapes or dtypes of the arguments, another kind of device, another version "
+                "of torch. Make one for this call with fxckpt.plan"
+            )
+        return self._others(joint)
 
 
 def parse_budget(budget: Any) -> Callable[[int], int]:
@@ -237,13 +245,39 @@ def readable(size: int) -> str:
     return f"{amount:.4g} {unit}"
 
 
-def _device(device: Device | str | None, joint: Joint) -> Device:
-    if isinstance(device, Device):
-        return device
+def _path(node: Node) -> str:
+    return str(node.meta.get("path") or "")
+
+
+def _costs(joint: Joint, device: AnyDevice, profile: bool) -> Costs:
+    """The seconds of operations.
+
+    Raises:
+        BudgetError: if the device is not known, or not here although it has to be.
+    """
     if device is None:
         nodes = [n for n in joint.forward_nodes() if ops.node_device(n).type != "meta"]
-        return measured(ops.node_device(nodes[-1]))
-    if device not in DEVICES:
+        device = ops.node_device(nodes[-1])
+    if isinstance(device, str):
+        device = DEVICES.get(device) or _parsed(device)
+    if isinstance(device, Device):
+        if profile:
+            raise BudgetError(
+                f"device={device.name!r}, profile=True: operations are timed on a device that is "
+                "here. Leave out one of the two"
+            )
+        return Costs(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise BudgetError(
+            f"device='{device}': no CUDA device is here to be measured. Say which one to plan for, "
+            f"device= one of {', '.join(DEVICES)}"
+        )
+    return profiled(joint, device) if profile else Costs(measured(device))
+
+
+def _parsed(name: str) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError:
         names = ", ".join(DEVICES)
-        raise BudgetError(f"device={device!r} is not known: the names are {names}")
-    return DEVICES[device]
+        raise BudgetError(f"device={name!r} is not known: the names are {names}") from None

@@ -1,24 +1,29 @@
-"""Plans without a training step: `plan` and `frontier`."""
+"""Plans without a training step: `plan`, `frontier` and `fit_batch`."""
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch._guards import detect_fake_mode
 
 from fxckpt.capture import capture
-from fxckpt.cost import Device
-from fxckpt.errors import FxckptError
+from fxckpt.errors import BudgetError, FxckptError
 from fxckpt.installation import original_forward
-from fxckpt.planner import Plan, Planner, parse_budget
+from fxckpt.joint import Joint
+from fxckpt.planner import AnyDevice, Planner, parse_budget
+from fxckpt.plans import Plan
 
 
 def plan(
     model: nn.Module,
     *args: Any,
     budget: int | str | float,
-    device: Device | str | None = None,
+    device: AnyDevice = None,
+    profile: bool = False,
     planning_seconds: float = 10.0,
     **kwargs: Any,
 ) -> Plan:
@@ -30,13 +35,15 @@ def plan(
         model: The module, in training mode; it is left as it is.
         *args: Arguments of a call.
         budget: See `rewrite`.
-        device: What to plan for: a name ("h200", "v100", see `fxckpt.cost.DEVICES`) or a `Device`;
-            by default, the device of the model is measured.
+        device: What to plan for: a name ("h200", "v100": `fxckpt.rates.DEVICES`), a `Device`, or
+            a device to be measured ("cuda"), which by default is that of the model.
+        profile: Whether to time each distinct operation, on random operands, on the device of the
+            model instead. Takes the memory that the largest operation needs.
         planning_seconds: How long to look for a better plan, about.
         **kwargs: Keyword arguments of the call.
 
     Raises:
-        BudgetError: if the budget means nothing, or no plan fits.
+        BudgetError: if budget or device mean nothing, or no plan fits.
         CaptureError: if the model cannot be captured exactly.
 
     Example:
@@ -48,7 +55,8 @@ def plan(
         True
     """
     bytes_of = parse_budget(budget)
-    planner = _planner(model, args, kwargs, device, planning_seconds)
+    joint = _captured(model, args, kwargs)
+    planner = Planner(joint, device=device, profile=profile, seconds=planning_seconds)
     return planner.plan(bytes_of(planner.eager_peak))
 
 
@@ -56,7 +64,8 @@ def frontier(
     model: nn.Module,
     *args: Any,
     points: int = 12,
-    device: Device | str | None = None,
+    device: AnyDevice = None,
+    profile: bool = False,
     planning_seconds: float = 10.0,
     **kwargs: Any,
 ) -> list[Plan]:
@@ -67,22 +76,100 @@ def frontier(
         *args: Arguments of a call.
         points: How many budgets, equally far from each other.
         device: What to plan for.
+        profile: Whether to time operations.
         planning_seconds: For each budget.
         **kwargs: Keyword arguments of the call.
 
     Returns:
         Plans by growing budget; none is slower than the one before it.
     """
-    return _planner(model, args, kwargs, device, planning_seconds).frontier(points)
+    joint = _captured(model, args, kwargs)
+    planner = Planner(joint, device=device, profile=profile, seconds=planning_seconds)
+    return planner.frontier(points)
 
 
-def _planner(
-    model: nn.Module, args: Any, kwargs: Any, device: Device | str | None, seconds: float
-) -> Planner:
+class Fit(NamedTuple):
+    """The largest batch that fits, and the plan with which it does."""
+
+    batch: int
+    plan: Plan
+
+
+def fit_batch(
+    make_batch: Callable[[int], tuple[Any, ...] | Mapping[str, Any]],
+    model: nn.Module,
+    *,
+    memory: int | str,
+    most: int = 1 << 16,
+    device: AnyDevice = None,
+    planning_seconds: float = 10.0,
+) -> Fit:
+    """The largest batch whose step a budget allows; planned, not tried: nothing is run.
+
+    Sizes are doubled until one does not fit, and bisected then: a batch of the size that is found
+    fits, and one that is larger by one does not.
+
+    Args:
+        make_batch: Makes the arguments of a call for a size: a tuple of positional or a dictionary
+            of keyword arguments. For a model on fake tensors, it is called in their mode.
+        model: The module, in training mode.
+        memory: The budget, see `rewrite`; a fraction means nothing here.
+        most: No larger batch is looked for.
+        device: What to plan for, see `plan`.
+        planning_seconds: For each size.
+
+    Raises:
+        BudgetError: if the budget means nothing, or not even a batch of one fits.
+        CaptureError: if the model cannot be captured exactly.
+
+    Example:
+        >>> import torch, fxckpt
+        >>> layers = [torch.nn.Linear(64, 64), torch.nn.Tanh()] * 8
+        >>> model = torch.nn.Sequential(*layers)
+        >>> fit = fxckpt.fit_batch(lambda n: (torch.ones(n, 64),), model, memory="1MiB")
+        >>> lean = fxckpt.rewrite(model, budget="1MiB")
+        >>> lean(torch.ones(fit.batch, 64)).sum().backward()
+    """
+    if isinstance(memory, float):
+        raise BudgetError(f"fit_batch(..., memory={memory!r}): expected bytes, such as '8GiB'")
+    budget = parse_budget(memory)(0)
+
+    def fitted(size: int) -> Fit:
+        joint = _captured(model, *_made(make_batch, size, model))
+        return Fit(size, Planner(joint, device=device, seconds=planning_seconds).plan(budget))
+
+    fit, too_large = fitted(1), most + 1
+    while too_large - fit.batch > 1:
+        doubled = 2 * fit.batch
+        size = doubled if doubled < too_large == most + 1 else (fit.batch + too_large) // 2
+        try:
+            fit = fitted(size)
+        except BudgetError:
+            too_large = size
+    return fit
+
+
+def _made(
+    make_batch: Callable[[int], Any], size: int, model: nn.Module
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call, positional and by keyword."""
+    with detect_fake_mode([*model.parameters()]) or contextlib.nullcontext():
+        batch = make_batch(size)
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    if isinstance(batch, tuple):
+        return batch, {}
+    raise FxckptError(
+        "fit_batch(make_batch, ...): expected make_batch to return a tuple of positional or a "
+        f"dictionary of keyword arguments, got {type(batch).__name__}"
+    )
+
+
+def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Joint:
     if not isinstance(model, nn.Module):
         raise FxckptError(f"expected a torch.nn.Module, got {type(model).__name__}")
     if not model.training:
         raise FxckptError("the model is in evaluation mode. Call model.train() first")
     with torch.enable_grad():
         tape = capture(original_forward(model), args, kwargs, module=model)
-    return Planner(tape.joint(tape.expected_backward()), device=device, seconds=seconds)
+    return tape.joint(tape.expected_backward())

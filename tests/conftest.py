@@ -2,11 +2,14 @@
 
 import os
 import random
+import tempfile
 
 # Read when torch and transformers are imported, here and in the processes that tests start: tests
 # run in parallel processes of one thread each and build every model from a config.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Rates that are measured beside other tests are of no use to anybody else.
+os.environ.setdefault("FXCKPT_CACHE_DIR", tempfile.mkdtemp(prefix="fxckpt-tests-"))
 
 import numpy as np
 import pytest

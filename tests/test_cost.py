@@ -1,6 +1,8 @@
 """Seconds of operations: the roofline model, devices, and timings."""
 
-import time
+import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +15,10 @@ from torch.nn import functional as F
 
 import fxckpt
 from bench.models import build
-from fxckpt import cost, ops
-from fxckpt.cost import DEVICES, Costs, Device, bytes_moved, measured, profiled, signature
+from fxckpt import cost, ops, rates
+from fxckpt.cost import Costs, bytes_moved, profiled, signature
 from fxckpt.joint import Joint
+from fxckpt.rates import DEVICES, Device, measured
 
 aten = torch.ops.aten
 CPU = torch.device("cpu")
@@ -112,15 +115,57 @@ def test_known_devices(name: str) -> None:
 # --- measuring ------------------------------------------------------------------------------------
 
 
-def test_this_device_is_measured_once_and_quickly() -> None:
+@pytest.fixture
+def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """An empty folder for rates, in a process that has measured nothing."""
+    monkeypatch.setenv("FXCKPT_CACHE_DIR", str(tmp_path / "rates"))
     measured.cache_clear()
-    start = time.perf_counter()
+    yield tmp_path / "rates"
+    measured.cache_clear()
+
+
+def never(*_: object) -> float:
+    raise AssertionError("measured again")
+
+
+def test_this_device_is_measured_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     device = measured(CPU)
-    assert time.perf_counter() - start < 5  # half a second on a machine that has nothing else to do
     assert measured(CPU) is device
     assert 1e9 < device.rate(torch.float32) < 1e14
     assert 1e8 < device.bandwidth < 1e13
     assert 1e-8 < device.launch < 1e-3
+    measured.cache_clear()  # as in another process
+    monkeypatch.setattr(rates, "seconds_of", never)
+    assert measured(CPU) == device
+    assert [path.name for path in folder.iterdir()] == ["rates.json"]
+
+
+def test_rates_of_other_threads_are_others(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured(CPU)
+    measured.cache_clear()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1000)
+    monkeypatch.setattr(rates, "seconds_of", lambda *_: 1.0)
+    assert measured(CPU).launch == 0.01
+    assert len(json.loads((folder / "rates.json").read_text())) == 2
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"x": 1}'])
+def test_a_damaged_file_is_measured_anew(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    folder.mkdir()
+    (folder / "rates.json").write_text(damage)
+    monkeypatch.setattr(rates, "seconds_of", lambda *_: 1.0)
+    assert measured(CPU).launch == 0.01
+    measured.cache_clear()
+    monkeypatch.setattr(rates, "seconds_of", never)
+    assert measured(CPU).launch == 0.01
+
+
+def test_rates_that_cannot_be_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.write_text("a file where the folder would be")
+    monkeypatch.setattr(rates, "seconds_of", lambda *_: 1.0)
+    assert measured(CPU).launch == 0.01
 
 
 def test_signatures_tell_work_apart() -> None:
