@@ -122,7 +122,8 @@ class Tape:
         """
         with LOCK:
             if key not in self._joints:
-                self._joints[key] = self._differentiate(key)
+                with invisible.outside_of_modes():  # of the caller, see `capture`
+                    self._joints[key] = self._differentiate(key)
             return self._joints[key]
 
     def _differentiate(self, key: BackwardKey) -> Joint:
@@ -320,4 +321,5 @@ def _extract(
 
 def _dense_strides(tensor: torch.Tensor) -> tuple[int, ...]:
     """Strides of a gradient of `tensor` as most operations produce it."""
-    return tuple(torch.empty_like(tensor, device="meta").stride())
+    with invisible.outside_of_modes():
+        return tuple(torch.empty_like(tensor, device="meta").stride())

@@ -95,3 +95,19 @@ class TurnedBase(Resized):
 def test_is_refused(kind: type[nn.Module]) -> None:
     with pytest.raises(fxckpt.CaptureError, match="changes the shape of a tensor in place"):
         fxckpt.verify(kind(), torch.randn(3, 4), policy="nothing")
+
+
+class Sparse(nn.Module):
+    """Makes a sparse tensor on its way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sparse.mm(x.to_sparse(), self.linear.weight)
+
+
+def test_sparse_results_are_named() -> None:
+    with pytest.raises(fxckpt.CaptureError, match=r"layout torch.sparse_coo is used at test_recor"):
+        fxckpt.rewrite(Sparse(), "nothing", strict=True)(torch.ones(2, 4))

@@ -179,6 +179,27 @@ def test_random_operations_are_replayed_only_where_recomputed() -> None:
         assert count(new, x)["bernoulli_"] == 2 + replays
 
 
+@pytest.mark.parametrize("kept", ["rand", "rand_1", "rand_2", "none"])
+def test_random_values_around_one_that_is_saved(kept: str) -> None:
+    """Backward of one operation needs them all; each is drawn where forward drew it."""
+
+    def forward(m: Function, x: Tensor) -> Tensor:
+        factors = [torch.rand(64, 64) for _ in range(3)]  # larger than the generator's state
+        return (factors[0] * factors[1] * factors[2]) * (x @ m.weight)
+
+    def policy(value: fxckpt.Value) -> object:
+        return fxckpt.SAVE if value.name == kept else fxckpt.RECOMPUTE
+
+    model, x = Function(forward, 64), torch.ones(64, 64)
+    found = []
+    for each in (model, fxckpt.rewrite(model, policy, strict=True)):
+        torch.manual_seed(0)
+        each(x).sum().backward()
+        found.append((model.weight.grad, torch.get_rng_state()))
+        model.weight.grad = None
+    assert all(map(torch.equal, *found))
+
+
 def test_no_copies_of_what_is_changed_in_place() -> None:
     model = nn.Sequential(
         nn.Conv2d(1, 2, 3),
