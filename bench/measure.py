@@ -13,9 +13,10 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -63,7 +64,7 @@ def measure(setup: Setup, row_name: str, budgets: tuple[float, ...] | None) -> M
     """Measures one row; to be called in a process of its own."""
     step, first_call = _warmed_up(setup, row_name, budgets)
     before = _allocated(setup.device)
-    peak, saved = (_events_cuda if setup.device == "cuda" else _events_cpu)(step)
+    peak, saved = peak_and_saved(step, setup.device)
     return Memory(_storage_bytes(step.resident()), before + peak, saved, first_call)
 
 
@@ -97,8 +98,23 @@ def _storage_bytes(tensors: Iterable[Tensor]) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def _events_cuda(step: Step) -> tuple[int, int]:
-    """Peak and saved bytes of one step above what is allocated before it."""
+class Runnable(Protocol):
+    """One training step, which calls `between` when forward and loss are done."""
+
+    def run(self, between: Callable[[], None] = ...) -> None:
+        """Runs it."""
+
+
+def peak_and_saved(step: Runnable, device: str) -> tuple[int, int]:
+    """Bytes of one step above what is allocated before it.
+
+    Returns:
+        The most at any moment, and what lives between forward and backward.
+    """
+    return (_events_cuda if device == "cuda" else _events_cpu)(step)
+
+
+def _events_cuda(step: Runnable) -> tuple[int, int]:
     before = torch.cuda.memory_allocated()
     saved = 0
 
@@ -111,8 +127,7 @@ def _events_cuda(step: Step) -> tuple[int, int]:
     return torch.cuda.max_memory_allocated() - before, saved
 
 
-def _events_cpu(step: Step) -> tuple[int, int]:
-    """Peak and saved bytes of one step above what is allocated before it."""
+def _events_cpu(step: Runnable) -> tuple[int, int]:
 
     def between() -> None:
         with record_function(_BACKWARD):

@@ -6,7 +6,8 @@ python bench/planner.py --model gpt2 resnet50 --budget 50 30 --write bench/resul
 Budgets are in per cent of what eager holds at its peak, parameters included; where a row is empty,
 no plan was found. Nothing is run: times are those of the cost model, for an H200 in bfloat16
 (language models) and a V100 in float32 (vision). The second table compares usual strategies with a
-plan for exactly the peak of each.
+plan for exactly the peak of each, the third one published figures of MONeT (Shah et al. 2021, their
+README: measured on a V100, operator implementations chosen too) with a plan for the same memory.
 """
 
 import argparse
@@ -25,7 +26,9 @@ from tabulate import tabulate
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from bench.classifiers import WithLoss, googlenet, mobilenet_v2, vgg16
 from bench.models import build
+from bench.networks import UNet
 from fxckpt import BudgetError, PolicyError, policies
 from fxckpt.capture import capture
 from fxckpt.joint import Joint
@@ -54,6 +57,14 @@ def gpt2(dropout: float = 0.0, **options: Any) -> nn.Module:
     return transformers.GPT2Model(transformers.GPT2Config(use_cache=False, **rates, **options))
 
 
+def with_head(batch: int, length: int) -> tuple[nn.Module, dict[str, Any]]:
+    """GPT-2 with its head, which computes the loss."""
+    rates = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(use_cache=False, **rates))
+    arguments = tokens(batch, length)
+    return model, {**arguments, "labels": arguments["input_ids"]}
+
+
 def bert() -> nn.Module:
     """BERT-base without its head."""
     rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -73,8 +84,23 @@ def of_case(name: str, **sizes: int) -> tuple[nn.Module, dict[str, Any]]:
     return case.model, case.batch(0)
 
 
+def of_images(body: nn.Module, batch: int) -> tuple[nn.Module, dict[str, Any]]:
+    """A classifier of images of 224 x 224."""
+    labels = torch.zeros(batch, dtype=torch.long)
+    return WithLoss(body), {"images": torch.zeros(batch, 3, 224, 224), "labels": labels}
+
+
+def unet(batch: int, size: tuple[int, int]) -> tuple[nn.Module, dict[str, Any]]:
+    """U-Net with the widths of the paper."""
+    model = UNet(levels=4, width=64, classes=2)
+    labels = torch.zeros(batch, *size, dtype=torch.long)
+    return WithLoss(model), {"images": torch.zeros(batch, 3, *size), "labels": labels}
+
+
 TARGETS = {
     "gpt2": Target(lambda: (gpt2(), tokens(8, 1024)), "h200"),
+    "gpt2-dropout": Target(lambda: (gpt2(dropout=0.1), tokens(8, 1024)), "h200"),
+    "gpt2-head": Target(lambda: with_head(8, 1024), "h200"),
     "gpt2-24-layers": Target(lambda: (gpt2(n_layer=24), tokens(8, 1024)), "h200"),
     "bert": Target(lambda: (bert(), tokens(32, 512)), "h200"),
     "llama": Target(lambda: (llama(), tokens(4, 2048)), "h200"),
@@ -83,9 +109,19 @@ TARGETS = {
         "v100",
         torch.float32,
     ),
-    "unet": Target(
-        lambda: of_case("unet", layers=4, width=64, batch=11, image=512), "v100", torch.float32
-    ),
+    "googlenet": Target(lambda: of_images(googlenet(), 320), "v100", torch.float32),
+    "mobilenet-v2": Target(lambda: of_images(mobilenet_v2(), 272), "v100", torch.float32),
+    "vgg16": Target(lambda: of_images(vgg16(), 176), "v100", torch.float32),
+    "unet": Target(lambda: unet(11, (416, 608)), "v100", torch.float32),
+}
+
+# Of its README: GiB of the whole step, and per cent of time.
+MONET: dict[str, tuple[tuple[float, float], ...]] = {
+    "resnet50": ((10.01, 3.2), (8.01, 5.6), (6.99, 7.3), (4.99, 12.0)),
+    "googlenet": ((5.0, 15.8),),
+    "mobilenet-v2": ((5.0, 8.7),),
+    "unet": ((5.0, 11.5),),
+    "vgg16": ((5.5, 9.1),),
 }
 
 
@@ -135,6 +171,20 @@ def strategies(planner: Planner, joint: Joint, parameters: int) -> Iterator[list
         yield [name, peak, theirs, ours, ours / theirs]
 
 
+def published(name: str, planner: Planner, parameters: int) -> Iterator[list[Any]]:
+    """Rows of the third table."""
+    for gib, theirs in MONET.get(name, ()):
+        total = int(gib * GIB)
+        fraction = 100 * total / (planner.eager_peak + parameters)
+        try:
+            plan = planner.plan(total - parameters)
+        except BudgetError:
+            yield [gib, fraction, theirs, None, None]
+            continue
+        bound = 100 * plan.bound / plan.step_seconds
+        yield [gib, fraction, theirs, 100 * plan.overhead, bound]
+
+
 def section(name: str, fractions: Sequence[float]) -> str:
     """All about one model, in Markdown."""
     target = TARGETS[name]
@@ -155,11 +205,17 @@ def section(name: str, fractions: Sequence[float]) -> str:
         "github",
         floatfmt=("", ".0f", ".1f", ".1f", ".2f"),
     )
+    third = tabulate(
+        published(name, planner, parameters),
+        ["GiB", "of eager %", "MONeT %", "overhead %", "bound %"],
+        "github",
+        floatfmt=(".2f", ".0f", ".1f", ".1f", ".1f"),
+    )
     operations = len(joint.graph.nodes)
     title = (
         f"## {name}: eager peak {eager:.2f} GiB, {operations} nodes, prepared in {prepared:.1f} s"
     )
-    return "\n\n".join([title, first, second])
+    return "\n\n".join(filter(None, [title, first, second, third]))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
