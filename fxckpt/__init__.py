@@ -9,6 +9,7 @@ from fxckpt.errors import (
     MismatchError,
     PolicyError,
 )
+from fxckpt.functional import checkpoint, name
 from fxckpt.joint import Value
 from fxckpt.module import graphs, is_rewritten, restore_, rewrite, rewrite_
 from fxckpt.planning import fit_batch, frontier, plan
@@ -29,10 +30,12 @@ __all__ = [
     "Plan",
     "PolicyError",
     "Value",
+    "checkpoint",
     "fit_batch",
     "frontier",
     "graphs",
     "is_rewritten",
+    "name",
     "plan",
     "policies",
     "restore_",

@@ -22,7 +22,9 @@ from fxckpt.locks import LOCK
 from fxckpt.places import Position
 from fxckpt.reads import Reads
 from fxckpt.runtime import Captured, Decide
+from fxckpt.state import held_tensors, substituted
 from fxckpt.tape import Tape
+from fxckpt.transforms import Twins, outside_of_transforms
 from fxckpt.watch import Watch
 
 _MOST_MISFITS = 8  # then a call runs eagerly
@@ -102,6 +104,26 @@ class Captures:
                 prepare(found.tape.prepared)
         usable = found is not None and found.differentiable
         return found if usable else None, call.inputs
+
+    def run_transformed(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Runs a call under transforms of `torch.func`; see `transforms`.
+
+        Raises:
+            CaptureError: if that is not possible; nothing has happened then.
+        """
+        call, twins = Call.of(args, kwargs), Twins()
+        held = [h.tensor for h in held_tensors(module).values()]
+        stand_ins = {id(t): twins.of(t) for t in held}
+        fakes = tree.unflatten(call.spec, [twins.of(t) for t in call.inputs])
+        with LOCK, outside_of_transforms(), torch.enable_grad(), substituted(module, stand_ins):
+            found, _ = self.find(module, *fakes)
+        if isinstance(found, CaptureError):
+            raise found
+        if found is None:
+            raise CaptureError("there is nothing to differentiate")
+        return found.run_transformed(call.inputs)
 
     def signature(self, module: nn.Module, call: Call) -> Key:
         """All that what is captured of a call depends on; captures of another structure go."""

@@ -24,6 +24,7 @@ Every node carries in `meta`:
     calls        all running module calls, from the root to the innermost
     source       the user's source line, "file.py:31"
     alias        the node whose storage it is a view of, if it is a view (views are free)
+    like         of memory made after a tensor (`zeros_like`), the node of that tensor; not read
     tags         names given by `fxckpt.name`
     kind         what a primal is, see `Primal`
 """

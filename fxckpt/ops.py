@@ -323,6 +323,31 @@ def inplace(op: OpOverload, plan: Plan, /, *args: Any, **kwargs: Any) -> Any:
     return results[0] if len(results) == 1 else results
 
 
+def purely(op: OpOverload, plan: Plan, /, *args: Any, **kwargs: Any) -> Any:
+    """`inplace` on tensors that may be wrapped by transforms; on dense ones it does the same."""
+    call_args, call_kwargs, bases = list(args), dict(kwargs), []
+    for where, view, _ in plan:
+        holder: Any = call_args if isinstance(where, int) else call_kwargs
+        base = holder[where].clone()
+        bases.append(base)
+        holder[where] = base if view is None else torch.as_strided(base, *view)
+    returned = op(*call_args, **call_kwargs)
+    results = (*fresh_results(op, returned), *bases)
+    return results[0] if len(results) == 1 else results
+
+
+def made_like(op: OpOverload, like: torch.Tensor, /, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """`empty_strided` or `full`, for each of the samples that `like` is a batch of."""
+    if op is aten.full.default:
+        return like.new_full(*args, **kwargs)
+    return like.new_empty_strided(*args, **kwargs)
+
+
+def reshaped(x: torch.Tensor, size: Sequence[int], _: Sequence[int]) -> torch.Tensor:
+    """`_reshape_alias` for any strides of `x`."""
+    return x.reshape(size)
+
+
 def inplace_with_rng_state(
     state: torch.Tensor, device: torch.device, op: OpOverload, plan: Plan, /, *args: Any, **kw: Any
 ) -> Any:

@@ -29,6 +29,7 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
+from torch.utils import _python_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxckpt import ops, shapes
@@ -280,6 +281,8 @@ class Recorder(TorchDispatchMode):
         else:
             target, read, options = ops.without_unread(func, tuple(args), kwargs, out)
             node = self._emit(target, self.nodes(read), self.nodes(options), out)
+            if target is not func:
+                node.meta["like"] = self.node_for(args[0])
             self._bind(out, node, func, args, kwargs)
 
     def _bind(self, out: Any, node: Node, func: OpOverload, args: Any, kwargs: Any) -> None:
@@ -463,3 +466,9 @@ def _has_tensor(tree: Any) -> bool:
     return isinstance(tree, torch.Tensor) or (
         isinstance(tree, (tuple, list)) and any(isinstance(t, torch.Tensor) for t in tree)
     )
+
+
+def current_recorder() -> Recorder | None:
+    """The recorder of the capture that is running in this thread, if there is one."""
+    modes = _python_dispatch._get_current_dispatch_mode_stack()
+    return next((m for m in reversed(modes) if isinstance(m, Recorder)), None)

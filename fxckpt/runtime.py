@@ -44,6 +44,7 @@ from fxckpt.schedule import read_before_written
 from fxckpt.split import Split, backward_from, kept_bytes, split
 from fxckpt.state import substituted
 from fxckpt.tape import BackwardKey, Result, Tape
+from fxckpt.transforms import Pure, Transformed, pure
 
 Decide = Callable[[Joint], set[torch.fx.Node]]
 
@@ -181,6 +182,51 @@ class Captured:
             [(d, ops.read_rng_state(d)) for d in self._random_devices],
             {i: primals[i].clone() for i in copied},
         )
+        extra = [primals[i] for i in program.extra_positions]
+
+        def run() -> tuple[torch.Tensor, ...]:
+            outputs: tuple[torch.Tensor, ...] = _Function.apply(call, *primals, *extra)
+            call.before = {i: call.before[i] for i in program.fragile}
+            return outputs
+
+        try:
+            result, values = self._results(inputs, run)
+        except Misfit as misfit:
+            self._undo(call, misfit)
+            raise
+        for (container, key), value in zip(self.tape.assigned, values, strict=True):
+            container[key] = value
+        if self.tape.assigned:
+            call.state = self.state()
+        return result
+
+    @functools.cached_property
+    def pure(self) -> Pure:
+        """Both halves as pure functions, for the transforms of `torch.func`.
+
+        Raises:
+            CaptureError: if forward changes anything.
+        """
+        if self.tape.assigned:
+            raise CaptureError("forward assigns to a module under a torch.func transform")
+        joint = self.program.joint
+        return pure(joint, self._decide(joint), [c is not None for c in self._expected.cotangents])
+
+    def run_transformed(self, inputs: Sequence[torch.Tensor]) -> Any:
+        """Like a call, under transforms of `torch.func`.
+
+        Raises:
+            CaptureError: see `pure`.
+        """
+        halves, slots = self.pure, self.program.slots
+        primals = [inputs[key] if held is None else held[key] for held, key in slots]
+        result, _ = self._results(inputs, lambda: Transformed.apply(halves, *primals))
+        return result
+
+    def _results(
+        self, inputs: Sequence[torch.Tensor], run: Callable[[], Sequence[torch.Tensor]]
+    ) -> Any:
+        """What the callable returns, and what it assigns, of the outputs of the graph."""
         unique = {id(r): r for r in self.tape.results}
         # Views of primals first: in the model, they mostly come before what is computed from them,
         # and autograd adds up gradients in the reverse order.
@@ -189,23 +235,11 @@ class Captured:
             for key, result in unique.items()
             if isinstance(result.origin, str)
         }
-        extra = [primals[i] for i in program.extra_positions]
-        try:
-            outputs = _Function.apply(call, *primals, *extra)
-        except Misfit as misfit:
-            self._undo(call, misfit)
-            raise
-        call.before = {i: call.before[i] for i in program.fragile}
+        outputs = run()
         for key, result in unique.items():
             if isinstance(result.origin, int):
                 made[key] = self._finish(result, outputs[result.origin])
-        tensors = [made[id(r)] for r in self.tape.results]
-        result, values = tree.unflatten(self.tape.spec, tensors)
-        for (container, key), value in zip(self.tape.assigned, values, strict=True):
-            container[key] = value
-        if self.tape.assigned:
-            call.state = self.state()
-        return result
+        return tree.unflatten(self.tape.spec, [made[id(r)] for r in self.tape.results])
 
     @staticmethod
     def _finish(result: Result, tensor: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import types
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -60,9 +61,49 @@ def attributes(m: nn.Module) -> list[tuple[str, Any]]:
     return [(key, value) for key, value in m.__dict__.items() if key not in _MODULE_INTERNALS]
 
 
+class Variables:
+    """The variables that a function has from around it, by position."""
+
+    def __init__(self, function: types.FunctionType) -> None:
+        self.function = function
+
+    def __getitem__(self, i: int) -> Any:
+        return self._cells()[i].cell_contents
+
+    def __setitem__(self, i: int, value: Any) -> None:
+        self._cells()[i].cell_contents = value
+
+    def items(self) -> list[tuple[int, Any]]:
+        """Positions and values of those that are set."""
+        return [(i, c.cell_contents) for i, c in enumerate(self._cells()) if _is_set(c)]
+
+    def _cells(self) -> tuple[types.CellType, ...]:
+        return self.function.__closure__ or ()
+
+
+def _is_set(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is not cell
+    except ValueError:
+        return False
+
+
+def _functions(value: Any, depth: int = 0) -> Iterator[Variables]:
+    """A function, and those among its variables."""
+    if type(value) is types.FunctionType and value.__closure__ and depth < 4:
+        variables = Variables(value)
+        yield variables
+        for _, each in variables.items():
+            yield from _functions(each, depth + 1)
+
+
 def _tensors_in(value: Any, slot: Slot, depth: int = 0) -> Iterator[tuple[torch.Tensor, Slot]]:
     if isinstance(value, torch.Tensor):
         yield value, slot
+    elif type(value) is types.FunctionType and value.__closure__ and depth < 4:
+        variables = Variables(value)
+        for i, child in variables.items():
+            yield from _tensors_in(child, (variables, i), depth + 1)
     elif isinstance(value, (list, tuple)) and depth < 4:
         for i, child in enumerate(value):
             yield from _tensors_in(child, (value, i), depth + 1)
@@ -92,8 +133,12 @@ def substituted(
         CaptureError: if something else about a module was changed meanwhile.
     """
     modules = [(path, m, _Contents(m)) for path, m in module.named_modules()]
+    variables = [v for _, m, _ in modules for _, a in attributes(m) for v in _functions(a)]
+    values = [v.items() for v in variables]
     assignments: list[Assignment] = []
     try:
+        for each, items in zip(variables, values, strict=True):
+            _assign(each, [(i, _replaced(value, stand_ins)) for i, value in items])
         for _, m, _ in modules:
             for slots in (m._parameters, m._buffers):
                 slots.update({k: stand_ins.get(id(t), t) for k, t in slots.items()})
@@ -104,8 +149,16 @@ def substituted(
         for path, m, contents in during:
             assignments.extend(contents.assignments(m, path))
     finally:
+        for each, items in zip(variables, values, strict=True):
+            _assign(each, items)
         for _, m, contents in modules:
             contents.restore(m)
+
+
+def _assign(variables: Variables, items: list[tuple[int, Any]]) -> None:
+    for i, value in items:
+        if variables[i] is not value:
+            variables[i] = value
 
 
 class _Contents:

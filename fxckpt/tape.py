@@ -298,9 +298,9 @@ def _extract(
 
     def copy(node: Node) -> None:
         copies[node] = graph.node_copy(node, copies.__getitem__)
-        alias = node.meta.get("alias")
-        if alias is not None:
-            copies[node].meta["alias"] = copies[alias]
+        for key in ("alias", "like"):
+            if (other := copies[node].meta.pop(key, None)) in copies:
+                copies[node].meta[key] = copies[other]
 
     names = {p.node: p.name for p in tape.primals}
     primals = [n for n in nodes if n in needed and n in names]

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils._device import DeviceContext
 
+from fxckpt import transforms
 from fxckpt.capture import is_capturing
 from fxckpt.captures import Captures, Options
 from fxckpt.errors import CaptureError, FallbackWarning, FxckptError
@@ -22,6 +23,8 @@ from fxckpt.modes import autocast_state
 from fxckpt.parts import Parts
 from fxckpt.places import ROOT, Position, stack_level_of_user
 from fxckpt.runtime import Captured
+
+_TRANSFORMS = {"Grad", "Vmap", "Jvp"}
 
 
 class Unit:
@@ -48,7 +51,11 @@ class Unit:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs the module's forward: the captured one if gradients may be wanted."""
-        if not (module.training and torch.is_grad_enabled()) or _is_traced(module):
+        if not (module.training and torch.is_grad_enabled()):
+            return original_forward(module)(*args, **kwargs)
+        if transforms.is_active() and transforms.kinds() <= _TRANSFORMS:
+            return self._run_transformed(module, args, kwargs)
+        if _is_traced(module):
             return original_forward(module)(*args, **kwargs)
         found, inputs = self.captures.find(module, args, kwargs)
         if isinstance(found, CaptureError):
@@ -89,6 +96,19 @@ class Unit:
 
     def __deepcopy__(self, _: Any) -> Unit:
         return self  # until `for_module` sees that its module is a copy
+
+    def _run_transformed(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Runs the forward under transforms of `torch.func`."""
+        try:
+            return self.captures.run_transformed(module, args, kwargs)
+        except CaptureError as error:
+            if self.options.strict:
+                raise
+            failure = error
+        result = original_forward(module)(*args, **kwargs)
+        if self.is_new(failure):
+            _warn(f"{type(module).__name__} runs eagerly under torch.func", failure)
+        return result
 
     # -- parts
 

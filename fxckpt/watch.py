@@ -38,7 +38,7 @@ from fxckpt.contents import MISSING, Inside, Read, globals_of, is_fixed, is_leaf
 from fxckpt.errors import CaptureError
 from fxckpt.installation import is_runner, original_class
 from fxckpt.reads import EVERYTHING, Reads
-from fxckpt.state import HOOKS, held_tensors
+from fxckpt.state import HOOKS, Variables, held_tensors
 
 _GLOBAL_HOOKS = tuple(getattr(nn_module, f"_global{kind}") for kind in HOOKS)
 # What nn.Module itself reads; submodules, hooks, parameters and buffers are watched anyway.
@@ -164,7 +164,7 @@ class Watch:
         """All that is to be watched now."""
         modules = self._modules()
         held = held_tensors(modules[0]).values()
-        slots = {(id(container), key) for h in held for container, key in h.slots}
+        slots = {(id(_holder(container)), key) for h in held for container, key in h.slots}
         known = {id(m) for m in modules}
         self._globals = {}
         found: dict[int, _Contents] = {}
@@ -275,6 +275,10 @@ def _same_class_attributes(attributes: list[tuple[Any, str]]) -> Condition:
     return lambda: all(
         vars(cls).get(name) is value for (cls, name), value in zip(attributes, values, strict=True)
     )
+
+
+def _holder(container: Any) -> Any:
+    return container.function if isinstance(container, Variables) else container
 
 
 def _some(dictionary: dict[str, Any], names: list[str]) -> Read:

@@ -60,6 +60,7 @@ LAYERS = (
     "codegen",
     "split",
     "first_run",
+    "transforms",
     "runtime",
     "signature",
     "watch",

@@ -1,0 +1,168 @@
+"""Checkpointing of functions: `checkpoint`, and `name` for values."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, TypeVar, overload
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from fxckpt.contents import is_leaf, reader
+from fxckpt.errors import PolicyError
+from fxckpt.joint import root
+from fxckpt.module import rewrite_
+from fxckpt.recorder import current_recorder
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@overload
+def checkpoint(fn: Callable[P, R], **options: Any) -> Callable[P, R]: ...
+@overload
+def checkpoint(fn: None = None, **options: Any) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
+
+
+def checkpoint(fn: Callable[..., Any] | None = None, **options: Any) -> Any:
+    """A function like `fn` that keeps less for its backward and computes the rest again.
+
+    As `jax.checkpoint`: results and gradients are those of `fn`, also under the transforms of
+    `torch.func` (`grad`, `vjp`, `jvp`, `vmap`, `jacrev`, `jacfwd`, `hessian`), in any nest. The
+    graph of `fn` is captured at the first call of each kind (shapes, dtypes, static arguments,
+    what it reads from around it). Under `vmap` a budget is that of one sample.
+
+    Args:
+        fn: Any function of nested containers of tensors; other arguments are static. It may read
+            tensors and modules from around it. Left out, `checkpoint` is a decorator with options.
+        **options: Those of `rewrite`: `policy`, `budget`, `plan`, `save`, `recompute`,
+            `cache_size`, `strict`, `planning_seconds`, `profile`. Without any of the first five,
+            all is recomputed: policy="nothing".
+
+    Raises:
+        PolicyError: if `fn` is not callable, or the policy makes no sense.
+        BudgetError: if the budget means nothing; when called, if no plan fits.
+
+    Example:
+        >>> import torch, fxckpt
+        >>> f = fxckpt.checkpoint(lambda x: x.sin().sin().sum())
+        >>> torch.func.hessian(f)(torch.zeros(2))
+        tensor([[0., 0.],
+                [0., 0.]])
+    """
+    if not options.keys() & {"policy", "budget", "plan", "save", "recompute"}:
+        options["policy"] = "nothing"
+    if fn is None:
+        return lambda function: checkpoint(function, **options)
+    if not callable(fn):
+        raise PolicyError(
+            f"checkpoint(fn, ...): expected a function, got {type(fn).__name__}. Options are given "
+            "by keyword: checkpoint(policy=...)"
+        )
+    called = Called(fn)
+    rewrite_(called, **options)
+
+    @functools.wraps(fn, updated=())
+    def checkpointed(*args: Any, **kwargs: Any) -> Any:
+        called.find_modules()
+        return called(*args, **kwargs)
+
+    checkpointed.__fxckpt__ = called  # type: ignore[attr-defined]
+    return checkpointed
+
+
+T = TypeVar("T")
+
+
+def name(x: T, tag: str) -> T:
+    """Names a value for policies such as `policies.save_only_these_names`, and returns it.
+
+    As `jax.ad_checkpoint.checkpoint_name`: an identity everywhere else.
+
+    Args:
+        x: A tensor, or a nested container of tensors.
+        tag: The name. One value may have several, and one name may be given to several values.
+
+    Raises:
+        PolicyError: if the name is no string.
+
+    Example:
+        >>> import torch, fxckpt
+        >>> f = lambda x: fxckpt.name(x.sin(), "sine").cos()
+        >>> lean = fxckpt.checkpoint(f, policy=fxckpt.policies.save_only_these_names("sine"))
+        >>> lean(torch.zeros(1))
+        tensor([1.])
+    """
+    if not isinstance(tag, str):
+        raise PolicyError(f"name(x, {tag!r}): expected a string, got {type(tag).__name__}")
+    recorder = current_recorder()
+    if recorder is not None:
+        for tensor in pytree.tree_leaves(x):
+            if isinstance(tensor, torch.Tensor):
+                meta = root(recorder.node_for(tensor)).meta
+                meta["tags"] = (*meta.get("tags", ()), tag)
+    return x
+
+
+class Called(nn.Module):
+    """A function as a module; the modules that the function reads are its submodules."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+        self.find_modules()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the function returns."""
+        return self.function(*args, **kwargs)
+
+    def find_modules(self) -> None:
+        """Registers the modules that the function reads now, by the names it has for them."""
+        function = self.__dict__.get("function")
+        found = dict(_modules_of(function)) if function is not None else {}
+        registered = {k: m for k, m in self._modules.items() if k != "function"}
+        if found.keys() != registered.keys() or any(
+            found[k] is not m for k, m in registered.items()
+        ):
+            for key in registered:
+                del self._modules[key]
+            self._modules.update(found)
+
+
+def _modules_of(function: Any) -> Iterator[tuple[str, nn.Module]]:
+    """Modules among what a function reads from around it."""
+    if isinstance(function, functools.partial):
+        yield from _modules_of(function.func)
+        yield from _modules_in("arguments", [*function.args, *function.keywords.values()])
+    elif isinstance(function, types.MethodType):
+        yield from _modules_in("self", function.__self__)
+        yield from _modules_of(function.__func__)
+    elif isinstance(function, types.FunctionType):
+        code = function.__code__
+        for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+            try:
+                yield from _modules_in(name, cell.cell_contents)
+            except ValueError:
+                continue  # not set yet
+        for name in code.co_names:
+            value = function.__globals__.get(name)
+            if isinstance(value, (nn.Module, list, tuple, dict)):
+                yield from _modules_in(name, value)
+    elif not isinstance(function, nn.Module) and hasattr(function, "__dict__"):
+        yield from _modules_in("self", vars(function))
+
+
+def _modules_in(name: str, value: Any, depth: int = 0) -> Iterator[tuple[str, nn.Module]]:
+    if isinstance(value, nn.Module):
+        yield name, value
+    elif isinstance(value, (types.FunctionType, functools.partial, types.MethodType)):
+        if depth < 3:
+            for inner, module in _modules_of(value):
+                yield f"{name}_{inner}", module
+    elif not is_leaf(value) and depth < 3 and (read := reader(value)) is not None:
+        keys, values = read()
+        for key, each in zip(keys, values, strict=True):
+            yield from _modules_in(f"{name}_{key}", each, depth + 1)
