@@ -15,6 +15,7 @@ from fxckpt.module import graphs, is_rewritten, restore_, rewrite, rewrite_
 from fxckpt.planning import fit_batch, frontier, plan
 from fxckpt.plans import Plan
 from fxckpt.policies import RECOMPUTE, SAVE
+from fxckpt.saved import print_saved_values, saved_values
 from fxckpt.verification import verify
 
 __version__ = "0.1.0.dev0"
@@ -38,8 +39,10 @@ __all__ = [
     "name",
     "plan",
     "policies",
+    "print_saved_values",
     "restore_",
     "rewrite",
     "rewrite_",
+    "saved_values",
     "verify",
 ]

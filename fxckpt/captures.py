@@ -121,8 +121,8 @@ class Captures:
             found, _ = self.find(module, *fakes)
         if isinstance(found, CaptureError):
             raise found
-        if found is None:
-            raise CaptureError("there is nothing to differentiate")
+        if found is None:  # nothing is differentiated, so nothing is kept
+            return original_forward(module)(*args, **kwargs)
         return found.run_transformed(call.inputs)
 
     def signature(self, module: nn.Module, call: Call) -> Key:

@@ -49,9 +49,9 @@ def checkpoint(fn: Callable[..., Any] | None = None, **options: Any) -> Any:
     Example:
         >>> import torch, fxckpt
         >>> f = fxckpt.checkpoint(lambda x: x.sin().sin().sum())
-        >>> torch.func.hessian(f)(torch.zeros(2))
-        tensor([[0., 0.],
-                [0., 0.]])
+        >>> torch.func.vmap(torch.func.grad(f))(torch.zeros(2, 3))
+        tensor([[1., 1., 1.],
+                [1., 1., 1.]])
     """
     if not options.keys() & {"policy", "budget", "plan", "save", "recompute"}:
         options["policy"] = "nothing"
@@ -62,16 +62,27 @@ def checkpoint(fn: Callable[..., Any] | None = None, **options: Any) -> Any:
             f"checkpoint(fn, ...): expected a function, got {type(fn).__name__}. Options are given "
             "by keyword: checkpoint(policy=...)"
         )
-    called = Called(fn)
-    rewrite_(called, **options)
+    module = Called(fn)
+    rewrite_(module, **options)
 
     @functools.wraps(fn, updated=())
     def checkpointed(*args: Any, **kwargs: Any) -> Any:
-        called.find_modules()
-        return called(*args, **kwargs)
+        module.find_modules()
+        return module(*args, **kwargs)
 
-    checkpointed.__fxckpt__ = called  # type: ignore[attr-defined]
+    checkpointed.__fxckpt__ = module  # type: ignore[attr-defined]
     return checkpointed
+
+
+def is_checkpointed(fn: Callable[..., Any]) -> bool:
+    """Whether `checkpoint` returned a function."""
+    return hasattr(fn, "__fxckpt__")
+
+
+def module_of(checkpointed: Callable[..., Any]) -> Called:
+    """The module that runs a function that `checkpoint` returned."""
+    module: Called = checkpointed.__fxckpt__  # type: ignore[attr-defined]
+    return module
 
 
 T = TypeVar("T")

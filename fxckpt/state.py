@@ -133,12 +133,15 @@ def substituted(
         CaptureError: if something else about a module was changed meanwhile.
     """
     modules = [(path, m, _Contents(m)) for path, m in module.named_modules()]
-    variables = [v for _, m, _ in modules for _, a in attributes(m) for v in _functions(a)]
-    values = [v.items() for v in variables]
+    functions = [f for _, m, _ in modules for _, a in attributes(m) for f in _functions(a)]
+    exchanged: list[tuple[Variables, int, Any, Any]] = []
     assignments: list[Assignment] = []
     try:
-        for each, items in zip(variables, values, strict=True):
-            _assign(each, [(i, _replaced(value, stand_ins)) for i, value in items])
+        for variables in functions:
+            for i, value in variables.items():
+                if (new := _replaced(value, stand_ins)) is not value:
+                    exchanged.append((variables, i, value, new))
+                    variables[i] = new
         for _, m, _ in modules:
             for slots in (m._parameters, m._buffers):
                 slots.update({k: stand_ins.get(id(t), t) for k, t in slots.items()})
@@ -149,16 +152,11 @@ def substituted(
         for path, m, contents in during:
             assignments.extend(contents.assignments(m, path))
     finally:
-        for each, items in zip(variables, values, strict=True):
-            _assign(each, items)
+        for variables, i, value, new in exchanged:
+            if variables[i] is new:  # else forward assigned to it
+                variables[i] = value
         for _, m, contents in modules:
             contents.restore(m)
-
-
-def _assign(variables: Variables, items: list[tuple[int, Any]]) -> None:
-    for i, value in items:
-        if variables[i] is not value:
-            variables[i] = value
 
 
 class _Contents:

@@ -71,6 +71,7 @@ LAYERS = (
     "planning",
     "verification",
     "functional",
+    "saved",
     "report",
     "__init__",
 )
