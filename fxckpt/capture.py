@@ -18,6 +18,7 @@ eager takes. So the callable runs once, on fake tensors (no memory, no random nu
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -135,6 +136,7 @@ class _Session:
             lambda func, args, kwargs: me._read(func, args, kwargs),
         )
         self.primals: dict[int, Primal] = {}  # by id of the real tensor
+        self.names: set[str] = set()  # of primals
         self.real: dict[Node, torch.Tensor] = {}  # placeholders whose values Python may read
         self.guards: list[Guard] = []
         self.attributes: dict[int, set[str]] = {}  # names of those of primals, by id of the fake
@@ -217,6 +219,9 @@ class _Session:
         if isinstance(tensor, FakeTensor) and tensor.fake_mode is not self.own:
             raise CaptureError("forward reads a tensor that was left by another capture")
         fake = _fake_like(tensor, self.fake_mode)
+        if name in self.names:  # of a list, or of an argument that is called like a parameter
+            name = next(n for i in itertools.count(1) if (n := f"{name}_{i}") not in self.names)
+        self.names.add(name)
         node = self.recorder.add_placeholder(fake, name)
         node.meta["kind"] = kind
         primal = Primal(name, kind, fake, node, source, [fake])

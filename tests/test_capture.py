@@ -873,3 +873,27 @@ def test_modes_of_the_caller_do_not_see_captures() -> None:
         with Fakes() as fakes:
             model(torch.ones(3, 4)).sum().backward()
         assert not fakes.seen
+
+
+class SameNames(nn.Module):
+    """Tensors of one name: in a list, and an argument like a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+        self.factors = [torch.full((4,), 2.0), torch.full((4,), 3.0)]
+
+    def forward(self, x: Tensor, *, weight: Tensor) -> Tensor:
+        return (x * self.weight * self.factors[0]).sin() * weight * self.factors[1]
+
+
+@pytest.mark.parametrize("policy", ["nothing", "everything"])
+def test_tensors_of_one_name_are_told_apart(policy: str) -> None:
+    model = SameNames()
+    lean = fxckpt.rewrite(model, policy, strict=True)
+    x, weight = torch.randn(3, 4), torch.randn(4, requires_grad=True)
+    found = []
+    for each in (model, lean):
+        out = each(x, weight=weight)
+        found.append([out, *torch.autograd.grad(out.sum(), [model.weight, weight])])
+    assert all(map(torch.equal, *found))
