@@ -22,9 +22,9 @@ from fxckpt.locks import LOCK
 from fxckpt.places import Position
 from fxckpt.reads import Reads
 from fxckpt.runtime import Captured, Decide
-from fxckpt.state import held_tensors, substituted
+from fxckpt.state import exchanged, held_tensors
 from fxckpt.tape import Tape
-from fxckpt.transforms import Twins, outside_of_transforms
+from fxckpt.transforms import Twins, is_wrapped, outside_of_transforms
 from fxckpt.watch import Watch
 
 _MOST_MISFITS = 8  # then a call runs eagerly
@@ -114,10 +114,10 @@ class Captures:
             CaptureError: if that is not possible; nothing has happened then.
         """
         call, twins = Call.of(args, kwargs), Twins()
-        held = [h.tensor for h in held_tensors(module).values()]
-        stand_ins = {id(t): twins.of(t) for t in held}
+        held = held_tensors(module).values()
+        stand_ins = {id(h.tensor): twins.of(h.tensor) for h in held if is_wrapped(h.tensor)}
         fakes = tree.unflatten(call.spec, [twins.of(t) for t in call.inputs])
-        with LOCK, outside_of_transforms(), torch.enable_grad(), substituted(module, stand_ins):
+        with LOCK, outside_of_transforms(), torch.enable_grad(), exchanged(held, stand_ins):
             found, _ = self.find(module, *fakes)
         if isinstance(found, CaptureError):
             raise found

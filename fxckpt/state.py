@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -157,6 +157,25 @@ def substituted(
                 variables[i] = value
         for _, m, contents in modules:
             contents.restore(m)
+
+
+@contextlib.contextmanager
+def exchanged(held: Iterable[Held], stand_ins: dict[int, torch.Tensor]) -> Iterator[None]:
+    """Puts `stand_ins[id(t)]` wherever `t` is held, in the very containers.
+
+    Raises:
+        CaptureError: if one of these cannot be changed.
+    """
+    slots = [(h.tensor, slot) for h in held if id(h.tensor) in stand_ins for slot in h.slots]
+    if any(isinstance(container, tuple) for _, (container, _) in slots):
+        raise CaptureError("a tuple holds a tensor of a torch.func transform")
+    try:
+        for tensor, (container, key) in slots:
+            container[key] = stand_ins[id(tensor)]
+        yield
+    finally:
+        for tensor, (container, key) in slots:
+            container[key] = tensor
 
 
 class _Contents:

@@ -45,10 +45,14 @@ def is_active() -> bool:
     return _functorch.peek_interpreter_stack() is not None
 
 
-def kinds() -> set[str]:
-    """The transforms around the call: "Grad", "Vmap", "Jvp", "Functionalize"."""
-    stack = _functorch.get_interpreter_stack() or []
-    return {level.key().name for level in stack}
+def are_known() -> bool:
+    """Whether all transforms around the call are such that the graph can run under them.
+
+    Of two `jvp`, the inner one would not see the outer one's tangents of what it reads: an
+    `autograd.Function` computes its tangents once.
+    """
+    kinds = [level.key().name for level in _functorch.get_interpreter_stack() or ()]
+    return {*kinds} <= {"Grad", "Vmap", "Jvp"} and kinds.count("Jvp") < 2
 
 
 def outside_of_transforms() -> contextlib.AbstractContextManager[Any]:
@@ -56,10 +60,15 @@ def outside_of_transforms() -> contextlib.AbstractContextManager[Any]:
     return pyfunctorch.temporarily_clear_interpreter_stack()
 
 
+def is_wrapped(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is that of a transform."""
+    return _functorch.is_functorch_wrapped_tensor(tensor)
+
+
 def is_differentiated(tensor: torch.Tensor) -> bool:
     """Whether a gradient of a tensor is wanted at any level."""
     while not tensor.requires_grad:
-        if not _functorch.is_functorch_wrapped_tensor(tensor):
+        if not is_wrapped(tensor):
             return False
         tensor = _functorch.get_unwrapped(tensor)
     return True
@@ -74,7 +83,7 @@ class Twins:
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """The twin of a tensor; the tensor itself if it is not wrapped."""
-        if not _functorch.is_functorch_wrapped_tensor(tensor):
+        if not is_wrapped(tensor):
             return tensor
         if id(tensor) not in self._known:
             wanted, size = is_differentiated(tensor), tuple(tensor.size())
@@ -105,9 +114,49 @@ class Pure:
     wanted: list[int]
     has_grad: list[bool]
 
-    def gradients(self, *values: torch.Tensor) -> list[torch.Tensor]:
+    def gradients(self, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The gradients that backward computes."""
-        return [g for g in self.backward(*values) if g is not None]
+        return tuple(g for g in self.backward(*values) if g is not None)
+
+    def batched(self, dims: Sequence[int | None], randomness: str) -> Pure:
+        """The same for batches of primals.
+
+        Args:
+            dims: For each primal, the dimension of the batch; None for one that all share.
+            randomness: See `torch.func.vmap`.
+
+        Returns:
+            Results have the batch in front, gradients where the primals have it.
+        """
+
+        def backward(*values: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+            given = [*dims, *(0 for _ in values[len(dims) :])]
+            found = iter(_vmapped(self.gradients, given, randomness)(*values))
+            return tuple(
+                _unbatched(next(found), dim) if has else None
+                for has, dim in zip(self.has_grad, dims, strict=True)
+            )
+
+        forward = _vmapped(self.forward, dims, randomness)
+        return dataclasses.replace(self, forward=forward, backward=backward)
+
+    def batched_backward(self, dims: Sequence[int | None], randomness: str) -> Pure:
+        """Likewise for batches of what backward takes; gradients have the batch in front."""
+
+        def backward(*values: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+            found = iter(_vmapped(self.gradients, dims, randomness)(*values))
+            return tuple(next(found) if has else None for has in self.has_grad)
+
+        return dataclasses.replace(self, backward=backward)
+
+
+def _vmapped(run: Callable[..., Any], dims: Sequence[int | None], randomness: str) -> Any:
+    return torch.func.vmap(run, tuple(dims), randomness=randomness)
+
+
+def _unbatched(grad: torch.Tensor, dim: int | None) -> torch.Tensor:
+    """The gradient of a primal that has its batch at `dim`, or is shared by all samples."""
+    return grad.sum(0) if dim is None else grad.movedim(0, dim)
 
 
 def pure(joint: Joint, saved: set[Node], cotangents: Sequence[bool]) -> Pure:
@@ -228,8 +277,6 @@ class _Emitter:
 class Transformed(torch.autograd.Function):
     """Runs forward; see the note."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(program: Pure, *primals: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Outputs and residuals."""
@@ -249,8 +296,8 @@ class Transformed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[Any, ...]:
         """Gradients by the backward graph; generically if a cotangent of a residual comes."""
-        program, saved = ctx.program, ctx.saved_tensors
-        given, wanted = _given(cotangents)
+        program, saved = ctx.program, _alive(ctx.saved_tensors)
+        given, wanted = _given(_alive(cotangents))
         if given != program.wanted:
             return (None, *_pulled(program.forward, saved[: ctx.count], given, wanted))
         grads = iter(Pullback.apply(program, *saved, *wanted))
@@ -261,6 +308,12 @@ class Transformed(torch.autograd.Function):
         """Tangents of outputs and residuals: forward runs again on dual numbers."""
         return _pushed(ctx.program.forward, ctx.saved_tensors, tangents, ctx.program.differentiable)
 
+    @staticmethod
+    def vmap(info: Any, dims: Any, program: Pure, *primals: torch.Tensor) -> Any:
+        """Forward of batches."""
+        results = Transformed.apply(program.batched(dims[1:], info.randomness), *primals)
+        return results, (0,) * len(results)
+
 
 class Pullback(torch.autograd.Function):
     """Runs backward: of what it computes on the way, nothing is kept.
@@ -268,8 +321,6 @@ class Pullback(torch.autograd.Function):
     `torch.func.grad` always records backward, for the case that it is differentiated in turn. As a
     function of its own it is one step of that record, which keeps its arguments alone.
     """
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(program: Pure, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -288,13 +339,20 @@ class Pullback(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[Any, ...]:
         """By differentiating the backward graph as it is."""
-        return (None, *_pulled(ctx.program.gradients, ctx.saved_tensors, *_given(cotangents)))
+        saved, given = _alive(ctx.saved_tensors), _given(_alive(cotangents))
+        return (None, *_pulled(ctx.program.gradients, saved, *given))
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         """Likewise."""
         count = sum(ctx.program.has_grad)
         return _pushed(ctx.program.gradients, ctx.saved_tensors, tangents, [True] * count)
+
+    @staticmethod
+    def vmap(info: Any, dims: Any, program: Pure, *values: torch.Tensor) -> Any:
+        """Backward of batches."""
+        results = Pullback.apply(program.batched_backward(dims[1:], info.randomness), *values)
+        return results, (0,) * len(results)
 
 
 def _fresh(
@@ -305,6 +363,11 @@ def _fresh(
     for result in results:
         yield result.view_as(result) if id(result) in seen else result
         seen.add(id(result))
+
+
+def _alive(tensors: Sequence[Any]) -> list[Any]:
+    """Tensors without the wrappers of transforms that have ended, as in what `vjp` returns."""
+    return [t if t is None else _functorch.unwrap_if_dead(t) for t in tensors]
 
 
 def _given(

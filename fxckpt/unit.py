@@ -24,8 +24,6 @@ from fxckpt.parts import Parts
 from fxckpt.places import ROOT, Position, stack_level_of_user
 from fxckpt.runtime import Captured
 
-_TRANSFORMS = {"Grad", "Vmap", "Jvp"}
-
 
 class Unit:
     """Runs the forward of a module that was rewritten.
@@ -53,10 +51,10 @@ class Unit:
         """Runs the module's forward: the captured one if gradients may be wanted."""
         if not (module.training and torch.is_grad_enabled()):
             return original_forward(module)(*args, **kwargs)
-        if transforms.is_active() and transforms.kinds() <= _TRANSFORMS:
-            return self._run_transformed(module, args, kwargs)
         if _is_traced(module):
             return original_forward(module)(*args, **kwargs)
+        if transforms.is_active():
+            return self._run_transformed(module, args, kwargs)
         found, inputs = self.captures.find(module, args, kwargs)
         if isinstance(found, CaptureError):
             return self._run_eagerly(module, args, kwargs, found)
@@ -182,7 +180,9 @@ class Part:
         whole = self._whole()
         if whole is None or not (whole.parts_run() and torch.is_grad_enabled()):
             return original_forward(module)(*args, **kwargs)
-        if self._owner() is not module or _is_traced(module) or self._is_cast_once(whole):
+        if _is_traced(module) or transforms.is_active():
+            return original_forward(module)(*args, **kwargs)
+        if self._owner() is not module or self._is_cast_once(whole):
             return original_forward(module)(*args, **kwargs)
         found, inputs = self._captures.find(module, args, kwargs)
         if isinstance(found, Captured) and found.saves_memory:
@@ -240,9 +240,9 @@ def _is_traced(module: nn.Module) -> bool:
         is_capturing()
         or torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.fx._symbolic_trace._is_fx_tracing_flag
-        or torch.autograd.forward_ad._current_level >= 0
+        or (transforms.is_active() and not transforms.are_known())
+        or (torch.autograd.forward_ad._current_level >= 0 and not transforms.is_active())
         or _has_function_mode()
         or torch.nn.utils.parametrize._cache_enabled > 0
         or getattr(module, "_is_replica", False)
