@@ -7,7 +7,6 @@ given out whose replay needs more than the budget.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -21,10 +20,10 @@ from fxckpt.joint import Joint
 from fxckpt.memory import Memory
 from fxckpt.places import ROOT
 from fxckpt.plans import Holding, Plan, Step, fingerprint
+from fxckpt.quantities import parse_bytes, readable
 from fxckpt.rates import DEVICES, Device, measured
 from fxckpt.search import Found, Search
 
-_UNITS = {"": 1, "K": 1, "M": 2, "G": 3, "T": 4}
 AnyDevice = Device | torch.device | str | None
 _SECONDS_OF_REPLAY = 5e-6  # for each node of a graph, about
 _SHARE = 0.3  # of the seconds for planning that replays for one budget may take
@@ -215,34 +214,14 @@ def parse_budget(budget: Any) -> Callable[[int], int]:
     if isinstance(budget, float) and 0 < budget <= 1:
         fraction = budget
         return lambda peak: int(fraction * peak)
-    size = budget if isinstance(budget, int) and not isinstance(budget, bool) else None
-    if isinstance(budget, str):
-        found = re.fullmatch(r"\s*([0-9.]+)\s*([kKMGT]?)(i?)B?\s*", budget)
-        if found and found[1].count(".") <= 1 and found[1] != ".":
-            unit = _UNITS[found[2].upper()] if found[2] else 0
-            size = int(float(found[1]) * (1024 if found[3] else 1000) ** unit)
-    if size is None or size <= 0:
+    size = parse_bytes(budget)
+    if size is None:
         raise BudgetError(
             f"budget={budget!r}: expected a positive number of bytes (int), a string such as "
             "'8GiB' or '500MB', or a fraction of the step's peak (float, above 0, at most 1)"
         )
     fixed = size
     return lambda peak: fixed
-
-
-def readable(size: int) -> str:
-    """Bytes with a unit.
-
-    Example:
-        >>> readable(1536), readable(3 * 2**30)
-        ('1.5 KiB', '3 GiB')
-    """
-    amount, unit = float(size), "bytes"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if amount < 1024:
-            break
-        amount, unit = amount / 1024, larger
-    return f"{amount:.4g} {unit}"
 
 
 def _path(node: Node) -> str:

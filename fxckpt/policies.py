@@ -12,13 +12,12 @@ backward does not read is never saved, whatever the policy says.
     "block"         recompute what lies inside repeated blocks, and dropout masks outside
     "sqrt"          save what crosses the cuts between about sqrt(n) equal segments, no more
 
-The functions at the end are those of `jax.checkpoint_policies`, under the same names.
+Functions that are policies, those of `jax.checkpoint_policies` among them, are in `predicates`.
 """
 
 from __future__ import annotations
 
 import difflib
-import enum
 from collections.abc import Callable
 from typing import Any
 
@@ -28,23 +27,57 @@ from fxckpt import ops
 from fxckpt.attention import attentions
 from fxckpt.errors import PolicyError
 from fxckpt.feedforward import mlps
-from fxckpt.joint import Joint, Value
+from fxckpt.joint import Joint
+from fxckpt.predicates import (
+    RECOMPUTE,
+    SAVE,
+    Decision,
+    Policy,
+    answer,
+    dots_saveable,
+    dots_with_no_batch_dims_saveable,
+    everything_saveable,
+    nothing_saveable,
+    recompute_cheaper_than,
+    recompute_modules,
+    recompute_ops,
+    save_any_names_but_these,
+    save_anything_except_these_names,
+    save_from_both_policies,
+    save_larger_than,
+    save_modules,
+    save_only_these_names,
+    save_ops,
+)
 from fxckpt.regions import Region, Structure, all_of, norms
 from fxckpt.segments import blocks, segment_inputs
 from fxckpt.selectors import Selection, Selector, flat, listed
 
-
-class Decision(enum.Enum):
-    """What a policy answers for a value."""
-
-    SAVE = "save"
-    RECOMPUTE = "recompute"
-
-
-SAVE, RECOMPUTE = Decision.SAVE, Decision.RECOMPUTE
-
-Policy = Callable[[Value], Decision | bool]
 Decide = Callable[[Joint], set[Node]]
+
+__all__ = [
+    "NAMES",
+    "RECOMPUTE",
+    "SAVE",
+    "Decide",
+    "Decision",
+    "Policy",
+    "dots_saveable",
+    "dots_with_no_batch_dims_saveable",
+    "everything_saveable",
+    "nothing_saveable",
+    "recompute_cheaper_than",
+    "recompute_modules",
+    "recompute_ops",
+    "resolve",
+    "save_any_names_but_these",
+    "save_anything_except_these_names",
+    "save_from_both_policies",
+    "save_larger_than",
+    "save_modules",
+    "save_only_these_names",
+    "save_ops",
+]
 
 
 def resolve(
@@ -112,72 +145,7 @@ def _of_policy(policy: Any) -> Decide:
             "a value to fxckpt.SAVE or fxckpt.RECOMPUTE. To select modules or operations, use "
             "save= or recompute="
         )
-    return lambda joint: {v.node for v in joint.values() if _answer(policy, v) is SAVE}
-
-
-def _answer(policy: Policy, value: Value) -> Decision:
-    """The decision of a policy; the one place where booleans are understood."""
-    answer = policy(value)
-    if isinstance(answer, Decision):
-        return answer
-    if isinstance(answer, bool):
-        return SAVE if answer else RECOMPUTE
-    raise PolicyError(
-        f"the policy {getattr(policy, '__qualname__', policy)} returned {answer!r} for {value!r}; "
-        "expected fxckpt.SAVE, fxckpt.RECOMPUTE, True or False"
-    )
-
-
-# --- policies that are functions ----------------------------------------------------------------
-
-
-def everything_saveable(value: Value) -> Decision:
-    """Saves all, as eager does."""
-    return SAVE
-
-
-def nothing_saveable(value: Value) -> Decision:
-    """Recomputes all from the arguments."""
-    return RECOMPUTE
-
-
-def dots_saveable(value: Value) -> Decision:
-    """Saves matrix products, convolutions, recurrent layers and attention; recomputes the rest."""
-    return SAVE if ops.is_matrix_like(value.op) else RECOMPUTE
-
-
-def dots_with_no_batch_dims_saveable(value: Value) -> Decision:
-    """Saves products with weights, not the batched ones such as attention scores."""
-    return SAVE if ops.schema_name(value.op) in _UNBATCHED else RECOMPUTE
-
-
-_UNBATCHED = frozenset(
-    f"aten::{name}" for name in ("mm", "addmm", "mv", "addmv", "dot", "linear", "_scaled_mm")
-)
-
-
-def save_only_these_names(*names: str) -> Policy:
-    """Saves the values that `fxckpt.name` gave one of these names; recomputes the rest."""
-    return lambda value: SAVE if set(names) & set(value.tags) else RECOMPUTE
-
-
-def save_anything_except_these_names(*names: str) -> Policy:
-    """Saves all but the values that `fxckpt.name` gave one of these names."""
-    return lambda value: RECOMPUTE if set(names) & set(value.tags) else SAVE
-
-
-def save_any_names_but_these(*names: str) -> Policy:
-    """Saves the values that `fxckpt.name` gave a name, if it is none of these."""
-    return lambda value: SAVE if set(value.tags) - set(names) else RECOMPUTE
-
-
-def save_from_both_policies(first: Policy, second: Policy) -> Policy:
-    """Saves what either of two policies saves."""
-
-    def either(value: Value) -> Decision:
-        return SAVE if SAVE in (_answer(first, value), _answer(second, value)) else RECOMPUTE
-
-    return either
+    return lambda joint: {v.node for v in joint.values() if answer(policy, v) is SAVE}
 
 
 # --- policies by name ---------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from fxckpt.functional import checkpoint, is_checkpointed, module_of
 from fxckpt.installation import installed, runner_of
 from fxckpt.joint import producer
 from fxckpt.module import rewrite
-from fxckpt.planner import readable
+from fxckpt.quantities import readable
 from fxckpt.runtime import Captured
 
 

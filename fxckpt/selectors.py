@@ -65,11 +65,11 @@ class Selection:
         nodes: list[Node] = []
         if isinstance(selector, str):
             calls = self._calls_like(selector)
-            nodes = [] if calls else self._nodes_where(lambda op: _is_called(op, selector))
+            nodes = [] if calls else self._nodes_where(lambda op: is_operation(op, selector))
         elif isinstance(selector, type):
             calls = [c for c in self._structure.scopes if issubclass(c.cls, selector)]
         elif isinstance(selector, OpOverload | OpOverloadPacket):
-            nodes = self._nodes_where(lambda op: selector in (op, _packet(op)))
+            nodes = self._nodes_where(lambda op: is_operation(op, selector))
         else:
             nodes = [v.node for v in self._values if _asked(selector, v, self._option)]
         self.calls |= {call for call in calls if self._has_value(call)}
@@ -87,14 +87,7 @@ class Selection:
 
     def _calls_like(self, pattern: str) -> list[Call]:
         """The outermost calls at or below the modules whose path matches."""
-        wanted = pattern.split(".")
-
-        def matches(call: Call) -> bool:
-            parts = call.path.split(".")
-            ends = range(len(wanted), len(parts) + 1)
-            return any(_match(parts[end - len(wanted) : end], wanted) for end in ends)
-
-        return self._structure.outermost(matches)
+        return self._structure.outermost(lambda call: is_below(call.path, pattern))
 
     def _nothing_matches(self, selector: Any) -> str:
         start = f"{self._option}={_shown(selector)} matches nothing that the model computes"
@@ -160,6 +153,20 @@ def _asked(function: Any, value: Value, option: str) -> bool:
             f"{option}={_shown(function)} returned {answer!r} for {value!r}; expected True or False"
         )
     return answer
+
+
+def is_below(path: str, pattern: str) -> bool:
+    """Whether a module path is one that a pattern means, or lies below it."""
+    parts, wanted = path.split("."), pattern.split(".")
+    ends = range(len(wanted), len(parts) + 1)
+    return any(_match(parts[end - len(wanted) : end], wanted) for end in ends)
+
+
+def is_operation(op: Any, selector: Any) -> bool:
+    """Whether a selector means an operation."""
+    if isinstance(selector, str):
+        return _is_called(op, selector)
+    return selector in (op, _packet(op))
 
 
 def _match(parts: list[str], patterns: list[str]) -> bool:

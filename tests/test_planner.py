@@ -27,7 +27,8 @@ import fxckpt
 from bench.models import build
 from fxckpt import BudgetError, policies
 from fxckpt.joint import Joint
-from fxckpt.planner import Planner, parse_budget, readable
+from fxckpt.planner import Planner, parse_budget
+from fxckpt.quantities import readable
 
 ROWS, WIDTH = 64, 8
 
