@@ -24,7 +24,7 @@ from fxckpt.reads import Reads
 from fxckpt.runtime import Captured, Decide
 from fxckpt.state import exchanged, held_tensors
 from fxckpt.tape import Tape
-from fxckpt.transforms import Twins, is_wrapped, outside_of_transforms
+from fxckpt.transforms import Twins, outside_of_transforms
 from fxckpt.watch import Watch
 
 _MOST_MISFITS = 8  # then a call runs eagerly
@@ -75,6 +75,7 @@ class Captures:
         self._watch = self._fresh_watch(module)
         self._misfits: Counter[Key] = Counter()
         self._in_vain: Counter[Hashable] = Counter()  # captures since the last use
+        self._twins = Twins()
         self._passed = False  # whether an error that may pass was ignored
         self.generation = 0  # how often the structure of the module changed
 
@@ -113,11 +114,10 @@ class Captures:
         Raises:
             CaptureError: if that is not possible; nothing has happened then.
         """
-        call, twins = Call.of(args, kwargs), Twins()
-        held = held_tensors(module).values()
-        stand_ins = {id(h.tensor): twins.of(h.tensor) for h in held if is_wrapped(h.tensor)}
-        fakes = tree.unflatten(call.spec, [twins.of(t) for t in call.inputs])
-        with LOCK, outside_of_transforms(), torch.enable_grad(), exchanged(held, stand_ins):
+        call, held = Call.of(args, kwargs), held_tensors(module).values()
+        twins = self._twins.of([*((h.name, h.tensor) for h in held), *enumerate(call.inputs)])
+        fakes = tree.unflatten(call.spec, [twins.get(id(t), t) for t in call.inputs])
+        with LOCK, outside_of_transforms(), torch.enable_grad(), exchanged(held, twins):
             found, _ = self.find(module, *fakes)
         if isinstance(found, CaptureError):
             raise found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import types
 from collections.abc import Callable, Iterator
@@ -143,37 +144,42 @@ class Called(nn.Module):
             self._modules.update(found)
 
 
-def _modules_of(function: Any) -> Iterator[tuple[str, nn.Module]]:
-    """Modules among what a function reads from around it."""
+_MOST_LEVELS = 4
+
+
+def _modules_of(function: Any, depth: int = 0) -> Iterator[tuple[str, nn.Module]]:
+    """Modules among what a function reads from around it, by the names it has for them."""
+    for name, value in _read_by(function):
+        yield from _modules_in(name, value, depth + 1)
+
+
+def _read_by(function: Any) -> Iterator[tuple[str, Any]]:
+    """What a function reads from around it, by name."""
     if isinstance(function, functools.partial):
-        yield from _modules_of(function.func)
-        yield from _modules_in("arguments", [*function.args, *function.keywords.values()])
+        yield "arguments", [*function.args, *function.keywords.values()]
+        yield "function", function.func
     elif isinstance(function, types.MethodType):
-        yield from _modules_in("self", function.__self__)
-        yield from _modules_of(function.__func__)
+        yield "self", function.__self__
+        yield "function", function.__func__
     elif isinstance(function, types.FunctionType):
         code = function.__code__
         for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
-            try:
-                yield from _modules_in(name, cell.cell_contents)
-            except ValueError:
-                continue  # not set yet
+            with contextlib.suppress(ValueError):  # not set yet
+                yield name, cell.cell_contents
         for name in code.co_names:
             value = function.__globals__.get(name)
             if isinstance(value, (nn.Module, list, tuple, dict)):
-                yield from _modules_in(name, value)
-    elif not isinstance(function, nn.Module) and hasattr(function, "__dict__"):
-        yield from _modules_in("self", vars(function))
+                yield name, value
 
 
-def _modules_in(name: str, value: Any, depth: int = 0) -> Iterator[tuple[str, nn.Module]]:
+def _modules_in(name: str, value: Any, depth: int) -> Iterator[tuple[str, nn.Module]]:
     if isinstance(value, nn.Module):
         yield name, value
+    elif depth >= _MOST_LEVELS or is_leaf(value):
+        return
     elif isinstance(value, (types.FunctionType, functools.partial, types.MethodType)):
-        if depth < 3:
-            for inner, module in _modules_of(value):
-                yield f"{name}_{inner}", module
-    elif not is_leaf(value) and depth < 3 and (read := reader(value)) is not None:
-        keys, values = read()
-        for key, each in zip(keys, values, strict=True):
+        for inner, module in _modules_of(value, depth):
+            yield (inner if name == "function" else f"{name}_{inner}"), module
+    elif (read := reader(value)) is not None:
+        for key, each in zip(*read(), strict=True):
             yield from _modules_in(f"{name}_{key}", each, depth + 1)

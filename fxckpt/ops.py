@@ -324,16 +324,34 @@ def inplace(op: OpOverload, plan: Plan, /, *args: Any, **kwargs: Any) -> Any:
 
 
 def purely(op: OpOverload, plan: Plan, /, *args: Any, **kwargs: Any) -> Any:
-    """`inplace` on tensors that may be wrapped by transforms; on dense ones it does the same."""
+    """`inplace` on tensors that may be wrapped by transforms; on dense ones it does the same.
+
+    What is written is a batch if anything that the operation takes is one.
+    """
     call_args, call_kwargs, bases = list(args), dict(kwargs), []
+    batches = [t for t in (*args, *kwargs.values()) if _is_batched(t)]
     for where, view, _ in plan:
         holder: Any = call_args if isinstance(where, int) else call_kwargs
         base = holder[where].clone()
+        if batches and not _is_batched(base):
+            options: Any = {"dtype": base.dtype, "device": base.device}
+            batch = batches[0].new_empty_strided(base.size(), base.stride(), **options)
+            base = batch.copy_(base)
         bases.append(base)
         holder[where] = base if view is None else torch.as_strided(base, *view)
     returned = op(*call_args, **call_kwargs)
     results = (*fresh_results(op, returned), *bases)
     return results[0] if len(results) == 1 else results
+
+
+def _is_batched(value: Any) -> bool:
+    """Whether a tensor is the sample of a batch, at any level."""
+    functorch = torch._C._functorch
+    while isinstance(value, torch.Tensor) and functorch.is_functorch_wrapped_tensor(value):
+        if functorch.is_batchedtensor(value):
+            return True
+        value = functorch.get_unwrapped(value)
+    return False
 
 
 def made_like(op: OpOverload, like: torch.Tensor, /, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -210,7 +210,9 @@ class Captured:
         if self.tape.assigned:
             raise CaptureError("forward assigns to a module under a torch.func transform")
         joint = self.program.joint
-        return pure(joint, self._decide(joint), [c is not None for c in self._expected.cotangents])
+        moving = {p.name for p in self.tape.primals if p.requires_grad}
+        cotangents = [c is not None for c in self._expected.cotangents]
+        return pure(joint, self._decide(joint), moving, cotangents)
 
     def run_transformed(self, inputs: Sequence[torch.Tensor]) -> Any:
         """Like a call, under transforms of `torch.func`.

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -74,24 +74,41 @@ def is_differentiated(tensor: torch.Tensor) -> bool:
     return True
 
 
+_MOST_TWINS = 10_000
+
+
 class Twins:
-    """Fakes that stand for wrapped tensors, with the shapes that the program sees."""
+    """Fakes that stand for wrapped tensors, with the shapes that the program sees.
+
+    The same place gets the same twin in the next call, so that nothing looks new then.
+    """
 
     def __init__(self) -> None:
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self._known: dict[int, torch.Tensor] = {}
+        self._kept: dict[Hashable, torch.Tensor] = {}
 
-    def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The twin of a tensor; the tensor itself if it is not wrapped."""
-        if not is_wrapped(tensor):
-            return tensor
-        if id(tensor) not in self._known:
-            wanted, size = is_differentiated(tensor), tuple(tensor.size())
-            stride, dtype, device = tuple(tensor.stride()), tensor.dtype, tensor.device
+    def of(self, tensors: Iterable[tuple[Hashable, torch.Tensor]]) -> dict[int, torch.Tensor]:
+        """The twins, by `id`, of those tensors that are wrapped.
+
+        Args:
+            tensors: Pairs of a place and the tensor that is there.
+        """
+        if len(self._kept) > _MOST_TWINS:
+            self._kept.clear()
+        found: dict[int, torch.Tensor] = {}
+        for place, tensor in tensors:
+            if is_wrapped(tensor) and id(tensor) not in found:
+                found[id(tensor)] = self._twin(place, tensor)
+        return found
+
+    def _twin(self, place: Hashable, tensor: torch.Tensor) -> torch.Tensor:
+        wanted, size, stride = is_differentiated(tensor), tensor.size(), tensor.stride()
+        key = (place, wanted, size, stride, tensor.dtype, tensor.device)
+        if key not in self._kept:
+            options: Any = {"dtype": tensor.dtype, "device": tensor.device}
             with outside_of_transforms(), self._mode:
-                twin = torch.empty_strided(size, stride, dtype=dtype, device=device)
-                self._known[id(tensor)] = twin.requires_grad_(wanted)
-        return self._known[id(tensor)]
+                self._kept[key] = torch.empty_strided(size, stride, **options, requires_grad=wanted)
+        return self._kept[key]
 
 
 @dataclasses.dataclass(slots=True)
@@ -102,6 +119,7 @@ class Pure:
         forward: Primals to outputs and residuals.
         backward: Primals, residuals and cotangents to a gradient, or None, for each primal.
         outputs: How many of the results of forward are outputs.
+        moving: For each primal, whether it is differentiated.
         differentiable: For each result of forward, whether it has a gradient.
         wanted: Which outputs get a cotangent.
         has_grad: For each primal, whether backward computes a gradient.
@@ -110,6 +128,7 @@ class Pure:
     forward: Callable[..., tuple[torch.Tensor, ...]]
     backward: Callable[..., tuple[torch.Tensor | None, ...]]
     outputs: int
+    moving: list[bool]
     differentiable: list[bool]
     wanted: list[int]
     has_grad: list[bool]
@@ -159,12 +178,15 @@ def _unbatched(grad: torch.Tensor, dim: int | None) -> torch.Tensor:
     return grad.sum(0) if dim is None else grad.movedim(0, dim)
 
 
-def pure(joint: Joint, saved: set[Node], cotangents: Sequence[bool]) -> Pure:
+def pure(
+    joint: Joint, saved: set[Node], moving: Collection[str], cotangents: Sequence[bool]
+) -> Pure:
     """Splits a joint graph into pure functions.
 
     Args:
         joint: The graph.
         saved: The values that backward may keep; random ones are kept in any case.
+        moving: The names of the primals that are differentiated.
         cotangents: For each output, whether it has a cotangent in the joint graph.
 
     Raises:
@@ -174,6 +196,8 @@ def pure(joint: Joint, saved: set[Node], cotangents: Sequence[bool]) -> Pure:
         raise CaptureError(
             f"forward changes {next(iter(joint.writes))} under a torch.func transform"
         )
+    if any(n.target in _STRIDED for n in joint.graph.nodes):
+        raise CaptureError("as_strided is called under a torch.func transform")
     random = {n for n in joint.forward_nodes() if ops.node_is_random(n)}
     drawn = {n for n in joint.forward_nodes() if is_value(n) and producer(n) in random}
     scheduler = Scheduler(joint)
@@ -191,36 +215,39 @@ def pure(joint: Joint, saved: set[Node], cotangents: Sequence[bool]) -> Pure:
         backward.run(step)
     grads = [joint.grads.get(name, ()) for name in joint.primals]
     backward.output([backward.sum(each) for each in grads])
-    run = forward.function("Forward")
+    run, flags = forward.function("Forward"), [name in moving for name in joint.primals]
     return Pure(
         run,
         backward.function("Backward"),
         len(joint.outputs),
-        [result.requires_grad for result in _on_fakes(run, primals)],
+        flags,
+        [result.requires_grad for result in _on_fakes(run, primals, flags)],
         [i for i, wanted in enumerate(cotangents) if wanted],
         [bool(each) for each in grads],
     )
 
 
-def _on_fakes(run: Callable[..., Any], primals: Sequence[Node]) -> Sequence[torch.Tensor]:
-    """The results of forward for fakes, all of which that can want a gradient."""
-    vals = [node.meta["val"] for node in primals]
+def _on_fakes(
+    run: Callable[..., Any], primals: Sequence[Node], moving: Sequence[bool]
+) -> Sequence[torch.Tensor]:
+    """The results of forward for fakes, some of which want a gradient."""
     with outside_of_transforms(), outside_of_modes(), FakeTensorMode(), torch.enable_grad():
-        fakes = [
-            torch.empty_strided(
-                v.size(), v.stride(), dtype=v.dtype, device=v.device, requires_grad=_is_float(v)
-            )
-            for v in vals
-        ]
-        results: Sequence[torch.Tensor] = run(*fakes)
+        fakes = []
+        for node, wanted in zip(primals, moving, strict=True):
+            val = node.meta["val"]
+            options: Any = {"dtype": val.dtype, "device": val.device, "requires_grad": wanted}
+            fakes.append(torch.empty_strided(val.size(), val.stride(), **options))
+        try:
+            results: Sequence[torch.Tensor] = run(*fakes)
+        except RuntimeError as error:  # shapes that depend on values, which capture had read
+            raise CaptureError(f"forward cannot run on fakes again ({error})") from error
     return results
 
 
-def _is_float(tensor: torch.Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
-
-
 aten = torch.ops.aten
+
+# What these read depends on the memory of a tensor, which that of a batch is not.
+_STRIDED = (aten.as_strided.default, aten.as_strided_scatter.default)
 
 # A batch may have other strides than its samples are captured with; results are the same.
 _ON_ANY_STRIDES: dict[Any, Any] = {
@@ -299,7 +326,8 @@ class Transformed(torch.autograd.Function):
         program, saved = ctx.program, _alive(ctx.saved_tensors)
         given, wanted = _given(_alive(cotangents))
         if given != program.wanted:
-            return (None, *_pulled(program.forward, saved[: ctx.count], given, wanted))
+            primals = saved[: ctx.count]
+            return (None, *_pulled(program.forward, primals, program.moving, given, wanted))
         grads = iter(Pullback.apply(program, *saved, *wanted))
         return (None, *(next(grads) if has else None for has in program.has_grad))
 
@@ -339,8 +367,11 @@ class Pullback(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[Any, ...]:
         """By differentiating the backward graph as it is."""
-        saved, given = _alive(ctx.saved_tensors), _given(_alive(cotangents))
-        return (None, *_pulled(ctx.program.gradients, saved, *given))
+        program, values = ctx.program, _alive(ctx.saved_tensors)
+        moving = [*program.moving, *program.differentiable[program.outputs :]]
+        moving += [True] * (len(values) - len(moving))
+        given = _given(_alive(cotangents))
+        return (None, *_pulled(program.gradients, values, moving, *given))
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
@@ -381,11 +412,12 @@ def _given(
 def _pulled(
     run: Callable[..., Sequence[torch.Tensor]],
     values: Sequence[torch.Tensor],
+    moving: Sequence[bool],
     given: Sequence[int],
     cotangents: Sequence[torch.Tensor],
 ) -> list[torch.Tensor | None]:
-    """Gradients of all values, for cotangents of some results of a function."""
-    moved = [i for i, v in enumerate(values) if _is_float(v)]
+    """Gradients of some values, for cotangents of some results of a function."""
+    moved = [i for i, moves in enumerate(moving) if moves]
 
     def some(*arguments: torch.Tensor) -> tuple[torch.Tensor, ...]:
         results = run(*_with(values, moved, arguments))
