@@ -32,6 +32,7 @@ Run = Callable[[nn.Module], Any]
 
 def runs(model: nn.Module, x: Tensor) -> dict[str, Run]:
     """What is measured, by name."""
+    sequences = x.expand(4, *x.shape)
     parameters = {name: p.detach() for name, p in model.named_parameters()}
 
     def loss(module: nn.Module) -> Callable[..., Tensor]:
@@ -46,7 +47,7 @@ def runs(model: nn.Module, x: Tensor) -> dict[str, Run]:
 
     return {
         "gradient": lambda module: grad(loss(module))(parameters, x),
-        "per-sample gradients": lambda m: vmap(grad(loss(m)), (None, 0))(parameters, x[:8]),
+        "per-sample gradients": lambda m: vmap(grad(loss(m)), (None, 0))(parameters, sequences),
         "Hessian-vector product": hvp,
         "Jacobian": jacobian,
     }
