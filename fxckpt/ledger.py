@@ -16,8 +16,8 @@ import torch
 from torch.fx import Node
 
 from fxckpt import ops
-from fxckpt.joint import storage_bytes
-from fxckpt.reinplace import Reinplacer
+from fxckpt.joint import producer, storage_bytes
+from fxckpt.reinplace import Reinplacer, Reuse
 from fxckpt.schedule import Before, State, Step
 from fxckpt.workspace import oversized, workspace
 
@@ -80,7 +80,7 @@ class Fact:
         return self.shares is None
 
     @staticmethod
-    def of(node: Node, known: Reinplacer) -> Fact:
+    def of(node: Node, known: Reinplacer, workspaces: bool) -> Fact:
         """The facts of a node."""
         parent: Any
         if (shares := known.shares[node]) is not None:
@@ -97,7 +97,7 @@ class Fact:
             tuple(_sizes(node, results[:count])),
             tuple(allocated_for_copy(result) for result in results[count:]),
             tuple(bases),
-            workspace(node),
+            workspace(node) if workspaces else 0,
         )
 
 
@@ -171,7 +171,7 @@ class Ledger:
         self,
         steps: Iterable[Step],
         reads: Mapping[Node, Iterable[Node]],
-        needless: Collection[Node],
+        reuse: Reuse,
         pure: Collection[Node] = (),
     ) -> None:
         """Notes what steps read and make.
@@ -179,17 +179,20 @@ class Ledger:
         Args:
             steps: What runs.
             reads: What each operation reads.
-            needless: The mutations that work on their arguments themselves.
+            reuse: The steps that need no new memory.
             pure: The mutations that leave out what they do to their arguments.
         """
         places, last = self._places, self._read
-        for step in steps:
+        for i, step in enumerate(steps):
             self.now += 1
             if isinstance(step, Node):
                 for read in reads[step]:
                     for storage in places.get(read, _NOWHERE):
                         last[storage] = self.now
-                self._make(step, step in needless, step in pure)
+                if (replaced := reuse.results.get(i)) is None:
+                    self._make(step, i in reuse.mutations, step in pure)
+                else:
+                    self._replace(places[replaced][0], step)
             else:
                 self._extra(step)
 
@@ -212,6 +215,15 @@ class Ledger:
         else:
             self.place(node, *fact.fresh, *fact.copies)
         self.notable.append((self.now, node, fact.workspace))
+
+    def _replace(self, storage: int, step: Node) -> None:
+        """Lets a result take the place of an operand: a storage that is made as another dies."""
+        (new,) = self.place(step, self.sizes[storage])
+        self._read[storage] = self.now - 1
+        if (owner := self._owners[storage]) is not None:  # it may still be in a tuple
+            held = self._places[producer(owner)]
+            self._places[producer(owner)] = tuple(new if s == storage else s for s in held)
+        self.notable.append((self.now, step, self._facts[step].workspace))
 
     def _extra(self, step: State | Before) -> None:
         self.keep(self._places.get(step, ()))

@@ -25,7 +25,7 @@ take back what it did.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from torch.fx import Node
@@ -33,7 +33,7 @@ from torch.fx import Node
 from fxckpt import ops
 from fxckpt.joint import Joint, is_value
 from fxckpt.ledger import Fact, Ledger, allocated, allocated_for_result, allocated_for_state
-from fxckpt.reinplace import Reinplacer
+from fxckpt.reinplace import Reinplacer, Reuse
 from fxckpt.schedule import Schedule, Scheduler, read_before_written
 
 
@@ -59,13 +59,18 @@ class Replay:
     Attributes:
         moments: The operations in the order in which they run, without views.
         saved: Bytes that forward hands to backward.
-        recomputed: The forward operations that run again.
+        again: The forward operations that run again, in order; some may do so several times.
     """
 
     moments: tuple[Moment, ...]
     saved: int
-    recomputed: frozenset[Node]
+    again: tuple[Node, ...]
     _ledger: Ledger = dataclasses.field(repr=False, compare=False)
+
+    @property
+    def recomputed(self) -> frozenset[Node]:
+        """The forward operations that run again."""
+        return frozenset(self.again)
 
     @property
     def peak(self) -> int:
@@ -113,6 +118,10 @@ class Memory:
             is always there, such as primals, is left out.
         needed_by: For each backward operation, in order, which of `values` it reads, be it through
             views. What is taken out of the graph just before it (views) counts as read by it.
+        replaced: The values of which an operation of forward takes the place unless they are saved,
+            and that operation.
+        replaceable: For operations of backward that make new memory, the values whose place they
+            could take if these are computed again and die.
         fixed: What lives whatever is decided: at each operation of forward the values that forward
             itself still reads, at each operation of backward outputs, cotangents, gradients so far,
             and values of backward.
@@ -124,14 +133,24 @@ class Memory:
         joint: What is replayed.
         outputs_held: Whether the caller holds the outputs to the end of backward. If not, they are
             taken to die before it, as in `model(x).sum().backward()`.
+        workspaces: Whether to count what kernels take besides; not if the step is to run on
+            another device than the graph is on.
+        eager: Whether results are made in new memory, as eager does (see `reinplace`).
     """
 
-    def __init__(self, joint: Joint, *, outputs_held: bool = True) -> None:
+    def __init__(
+        self,
+        joint: Joint,
+        *,
+        outputs_held: bool = True,
+        workspaces: bool = True,
+        eager: bool = False,
+    ) -> None:
         self._joint, self._outputs_held = joint, outputs_held
         self._scheduler = Scheduler(joint)
-        self._reinplacer = Reinplacer(self._scheduler)
+        self._reinplacer = Reinplacer(self._scheduler, eager=eager)
         nodes = [*joint.forward_nodes(), *joint.backward_nodes()]
-        self._facts = {n: Fact.of(n, self._reinplacer) for n in nodes}
+        self._facts = {n: Fact.of(n, self._reinplacer, workspaces) for n in nodes}
         self._held_by_call = _held_by_call(joint)
         self.values = [
             n
@@ -148,7 +167,11 @@ class Memory:
             if self._facts[n].runs
         }
         self.needed_by = dict(self._backward_reads())
-        self.fixed = self._replay(self._scheduler.bare())
+        bare = self._scheduler.bare()
+        needless = self._reinplacer.needless(bare)
+        self.replaced = dict(self._replaced(bare, needless.forward))
+        self.replaceable = dict(self._replaceable(bare, needless.backward))
+        self.fixed = self._replay(bare)
 
     def replay(self, saved: Collection[Node]) -> Replay:
         """Counts what lives at every moment if `saved` is kept (see `split.split`)."""
@@ -173,8 +196,8 @@ class Memory:
             ledger.keep(outputs)
         ledger.keep({*given, *ledger.of(scheduler.wanted)})
         saved = sum(ledger.sizes[s] for s in residuals)
-        recomputed = frozenset(n for n in schedule.recomputed if self._facts[n].runs)
-        return Replay(_moments(ledger, boundary), saved, recomputed, ledger)
+        again = tuple(n for n in schedule.recomputed if self._facts[n].runs)
+        return Replay(_moments(ledger, boundary), saved, again, ledger)
 
     def _root(self, node: Node) -> Node:
         """The value that owns the memory of a value."""
@@ -193,6 +216,18 @@ class Memory:
             if self._facts[node].runs:
                 yield node, self._values_read(reads)
                 reads = []
+
+    def _replaced(self, bare: Schedule, reuse: Reuse) -> Iterator[tuple[Node, Node]]:
+        for i, step in enumerate(bare.forward):
+            if isinstance(step, Node) and (i in reuse.mutations or i in reuse.results):
+                candidates = self._reinplacer.candidates(step)
+                if len(candidates) == 1:  # else another one may make room
+                    yield candidates[0], step
+
+    def _replaceable(self, bare: Schedule, reuse: Reuse) -> Iterator[tuple[Node, Sequence[Node]]]:
+        for i, step in enumerate(bare.backward):
+            if isinstance(step, Node) and i not in reuse.mutations and i not in reuse.results:
+                yield step, [n for n in self._reinplacer.candidates(step) if n in self.cost]
 
 
 def _held_by_call(joint: Joint) -> list[tuple[Node, int]]:

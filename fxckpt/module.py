@@ -14,6 +14,7 @@ from fxckpt.captures import Options
 from fxckpt.errors import BudgetError, FxckptError
 from fxckpt.installation import install, installed, plain, runner_of, uninstall
 from fxckpt.planner import WithinBudget
+from fxckpt.runtime import Decide
 from fxckpt.unit import Unit
 
 M = TypeVar("M", bound=nn.Module)
@@ -106,7 +107,7 @@ def rewrite_(
     A module that is rewritten already gets the new policy instead. `restore_` undoes it.
     """
     _require_module("rewrite_", model)
-    decide: policies.Decide
+    decide: Decide
     if budget is None:
         decide = policies.resolve(policy, save=save, recompute=recompute)
     elif policy is None and not save and not recompute:

@@ -7,6 +7,7 @@ operation returns a view is not in a table: `capture` sees it from the storages.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from operator import getitem
 from typing import Any
@@ -80,6 +81,15 @@ _BACKWARD_OF_EAGER: dict[str, tuple[str, str, int | None]] = {
 
 # Likewise, but eager's way can be recorded: see `spread`.
 _SPREADING = frozenset(("MaxBackward1", "MinBackward1", "MedianBackward0", "NanmedianBackward0"))
+
+# Element-wise, as torch does not say of them.
+_UNTAGGED_ELEMENTWISE = frozenset(
+    f"aten::{name}_backward" for name in ("hardtanh", "leaky_relu", "elu")
+)
+
+# The variant in place that runs the same kernel, where that of the same name does not: `mul_` with
+# a scalar swaps the operands, and then a scalar is rounded to half precision.
+_IN_PLACE = {aten.mul.Scalar: aten.mul_.Tensor}
 
 # What JAX calls dots, plus what is built from them: the operations whose cost grows faster than
 # their output, so that saving them is usually the best use of memory.
@@ -250,6 +260,52 @@ def is_spread(target: Any, args: Sequence[Any]) -> bool:
 def spread(mask: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     """`gradient` where the mask is true, zero elsewhere."""
     return gradient.new_zeros(mask.shape).masked_fill(mask, gradient)
+
+
+@functools.cache
+def writing_into(target: Any, position: int) -> tuple[OpOverload, str] | None:
+    """The variant of an element-wise operation that writes its result into one of its arguments.
+
+    Only those that run the same kernel: variants which torch generates compute elsewhere and copy.
+
+    Args:
+        target: The operation.
+        position: Of the argument.
+
+    Returns:
+        The variant, and the keyword for the memory to write to: none if that is implied. None if
+        there is no such variant.
+    """
+    if not isinstance(target, OpOverload) or not _is_elementwise(target):
+        return None
+    packet, name = target.overloadpacket, target._overloadname
+    in_place = getattr(aten, packet.__name__ + "_", None)
+    if position == 0 and target in _IN_PLACE:
+        return _IN_PLACE[target], ""
+    if position == 0 and name in getattr(in_place, "overloads", list)():
+        return getattr(in_place, name), ""
+    for each in packet.overloads():
+        variant = getattr(packet, each)
+        if _is_written(variant) and _declared(variant)[:-1] == _declared(target):
+            return variant, variant._schema.arguments[-1].name
+    return None
+
+
+def _declared(target: OpOverload) -> list[tuple[str, str]]:
+    return [(a.name, str(a.type)) for a in target._schema.arguments]
+
+
+def _is_elementwise(target: OpOverload) -> bool:
+    random = torch.Tag.nondeterministic_seeded in target.tags
+    known = torch.Tag.pointwise in target.tags or target._schema.name in _UNTAGGED_ELEMENTWISE
+    return known and not random and not target._schema.is_mutable
+
+
+def _is_written(variant: OpOverload) -> bool:
+    """Whether a variant computes right into its last argument."""
+    info = variant._schema.arguments[-1].alias_info if variant._schema.arguments else None
+    written = info is not None and info.is_write
+    return written and torch.Tag.generated not in variant.tags
 
 
 def is_blank(node: Node) -> bool:

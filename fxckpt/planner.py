@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from torch.fx import Node
+import torch
 
 from fxckpt import ops, policies
 from fxckpt.cost import DEVICES, Costs, Device, measured
@@ -20,6 +20,7 @@ from fxckpt.errors import BudgetError, PolicyError
 from fxckpt.joint import Joint
 from fxckpt.memory import Memory, Replay
 from fxckpt.places import ROOT
+from fxckpt.schedule import Choice
 from fxckpt.search import Found, Search
 
 _UNITS = {"": 1, "K": 1, "M": 2, "G": 3, "T": 4}
@@ -38,7 +39,7 @@ class Plan:
         seconds: What runs again takes, by the cost model.
         step_seconds: What forward and backward take without that.
         bound: Seconds that every plan within the budget takes at least.
-        saved: The values that are saved.
+        saved: The values that are saved, and those that are let go.
         replay: The bytes at every moment.
     """
 
@@ -48,7 +49,7 @@ class Plan:
     seconds: float
     step_seconds: float
     bound: float
-    saved: frozenset[Node] = dataclasses.field(repr=False)
+    saved: Choice = dataclasses.field(repr=False)
     replay: Replay = dataclasses.field(repr=False)
 
     @property
@@ -77,13 +78,17 @@ class Planner:
     Attributes:
         memory: Of the graph.
         seconds: What each forward operation takes.
+        eager_peak: Bytes that live at most in the step of the model as it is.
     """
 
     def __init__(
         self, joint: Joint, *, device: Device | str | None = None, seconds: float = 10.0
     ) -> None:
-        self.memory = Memory(joint)
         costs = Costs(_device(device, joint))
+        here = costs.device.name == str(_device_of(joint))
+        self.memory = Memory(joint, workspaces=here)
+        eager = Memory(joint, workspaces=here, eager=True)
+        self.eager_peak = eager.replay(eager.values).peak
         self.seconds = {n: costs.seconds(n) for n in joint.forward_nodes()}
         backward = sum(map(costs.seconds, joint.backward_nodes()))
         self._step_seconds = sum(self.seconds.values()) + backward
@@ -96,11 +101,6 @@ class Planner:
                 self._search.consider(decide(joint))
             except PolicyError:
                 continue  # it has no layers of this kind
-
-    @property
-    def eager_peak(self) -> int:
-        """Bytes that live at most if all is saved."""
-        return self._everything.peak
 
     def plan(self, budget: int) -> Plan:
         """The fastest plan within a budget of bytes that is found.
@@ -137,7 +137,7 @@ class Planner:
         return float(self.memory.fixed.peak)
 
     def _plan(self, budget: int, found: Found) -> Plan:
-        saved = frozenset(self._search.nodes(found.decision))
+        choice = self._search.choice(found.decision)
         # A plan is at most as good as the bound; where it is better by rounding, it is the bound.
         bound = min(self._search.bound(budget) or 0.0, found.seconds)
         return Plan(
@@ -147,13 +147,13 @@ class Planner:
             found.seconds,
             self._step_seconds,
             bound,
-            saved,
-            self.memory.replay(saved),
+            choice,
+            self.memory.replay(choice),
         )
 
     def _error(self, budget: int) -> BudgetError:
         least = self._search.least()
-        largest = self.memory.replay(self._search.nodes(least.decision)).at_peak()[:5]
+        largest = self.memory.replay(self._search.choice(least.decision)).at_peak()[:5]
         values = ", ".join(
             f"{node.name} ({node.meta.get('path') or 'the root'}, {readable(size)})"
             for node, size in largest
@@ -183,12 +183,12 @@ class WithinBudget:
     def __init__(self, budget: Any, seconds: float) -> None:
         self._bytes_of, self._seconds = parse_budget(budget), seconds
 
-    def __call__(self, joint: Joint) -> set[Node]:
+    def __call__(self, joint: Joint) -> Choice:
         """The values to save."""
         if joint.position != ROOT:
-            return set()
+            return Choice(frozenset())
         planner = Planner(joint, seconds=self._seconds)
-        return set(planner.plan(self._bytes_of(planner.eager_peak)).saved)
+        return planner.plan(self._bytes_of(planner.eager_peak)).saved
 
 
 def parse_budget(budget: Any) -> Callable[[int], int]:
@@ -241,9 +241,13 @@ def _device(device: Device | str | None, joint: Joint) -> Device:
     if isinstance(device, Device):
         return device
     if device is None:
-        nodes = [n for n in joint.forward_nodes() if ops.node_device(n).type != "meta"]
-        return measured(ops.node_device(nodes[-1]))
+        return measured(_device_of(joint))
     if device not in DEVICES:
         names = ", ".join(DEVICES)
         raise BudgetError(f"device={device!r} is not known: the names are {names}")
     return DEVICES[device]
+
+
+def _device_of(joint: Joint) -> torch.device:
+    nodes = [n for n in joint.forward_nodes() if ops.node_device(n).type != "meta"]
+    return ops.node_device(nodes[-1])

@@ -28,7 +28,7 @@ import contextlib
 import dataclasses
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ from fxckpt.split import Split, backward_from, kept_bytes, split
 from fxckpt.state import substituted
 from fxckpt.tape import BackwardKey, Result, Tape
 
-Decide = Callable[[Joint], set[torch.fx.Node]]
+Decide = Callable[[Joint], Collection[torch.fx.Node]]
 
 
 @dataclasses.dataclass(slots=True)

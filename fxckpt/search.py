@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,9 +29,11 @@ from torch.fx import Node
 
 from fxckpt.joint import producer
 from fxckpt.memory import Memory, Replay
-from fxckpt.solve import Problem, Program
+from fxckpt.schedule import Choice
+from fxckpt.solve import Floats, Problem, Program
 
-Decision = NDArray[np.bool_]  # for each value: whether it is saved
+# For each value whether it is saved; and then, for each, whether it is let go (see `schedule`).
+Decision = NDArray[np.bool_]
 
 _ROUNDINGS = (0.999, 0.5, 0.001)  # what counts as saved
 _AIMS, _AT_ONCE = 8, 6  # how often to aim lower; how many values to try when one is given up
@@ -81,13 +83,15 @@ class Search:
 
     def consider(self, saved: Iterable[Node]) -> Found:
         """Adds a decision to those that are known."""
-        decision = np.zeros(len(self._index), dtype=bool)
+        decision = np.zeros(2 * len(self._index), dtype=bool)
         decision[[self._index[n] for n in saved if n in self._index]] = True
         return self._try(decision)
 
-    def nodes(self, decision: Decision) -> set[Node]:
-        """The values that a decision saves."""
-        return {n for n, i in self._index.items() if decision[i]}
+    def choice(self, decision: Decision) -> Choice:
+        """The values that a decision saves, and those that it lets go."""
+        values, count = self.memory.values, len(self._index)
+        saved = frozenset(values[i] for i in np.flatnonzero(decision[:count]))
+        return Choice(saved, frozenset(values[i] for i in np.flatnonzero(decision[count:])))
 
     # -- looking for more
 
@@ -100,7 +104,7 @@ class Search:
             if solution is None:
                 aim = (aim + budget) / 2
                 continue
-            tried = [self._try(solution.saved > limit) for limit in _ROUNDINGS]
+            tried = [self._try(self._rounded(solution.saved, limit)) for limit in _ROUNDINGS]
             for found in tried:
                 if found.peak > budget and self._left > self._replays // 3:
                     self._repair(found, budget)
@@ -125,30 +129,42 @@ class Search:
         if key not in self._pool:
             self._left -= 1
             replay = self._replay(decision)
-            seconds = math.fsum(self._seconds[n] for n in replay.recomputed)  # in any order
+            seconds = math.fsum(self._seconds[n] for n in replay.again)  # in any order
             self._pool[key] = Found(decision, replay.peak, seconds)
         return self._pool[key]
 
     def _replay(self, decision: Decision) -> Replay:
-        return self.memory.replay(self.nodes(decision))
+        return self.memory.replay(self.choice(decision))
+
+    def _rounded(self, saved: Floats, limit: float) -> Decision:
+        return np.append(saved > limit, np.zeros(len(saved), dtype=bool))
 
     def _repair(self, found: Found, budget: float) -> None:
+        replay = self._replay(found.decision)
         while found.peak > budget and self._left > 0:
-            replay = self._replay(found.decision)
-            alive = (self._index.get(node) for node, _ in replay.at_peak())
-            saved = [v for v in alive if v is not None and found.decision[v]]
-            saved.sort(key=self._seconds_for_a_byte)
             over = _excess(replay, budget)
             best, most = None, 0.0
-            for v in saved[:_AT_ONCE]:
-                other = self._try(_changed(found.decision, v, False))
-                gain = over - _excess(self._replay(other.decision), budget)
+            for decision in self._remedies(found.decision, replay):
+                other = self._try(decision)
+                after = self._replay(decision)
+                gain = over - _excess(after, budget)
                 gain /= max(other.seconds - found.seconds, 1e-9)
                 if gain > most:
-                    best, most = other, gain
+                    best, most, next_replay = other, gain, after
             if best is None:
                 return
-            found = best
+            found, replay = best, next_replay
+
+    def _remedies(self, decision: Decision, replay: Replay) -> Iterator[Decision]:
+        """Decisions with one value less where most lives: not saved, or let go."""
+        count = len(self._index)
+        alive = [v for n, _ in replay.at_peak() if (v := self._index.get(n)) is not None]
+        saved = [v for v in alive if decision[v]]
+        for v in sorted(saved, key=self._seconds_for_a_byte)[:_AT_ONCE]:
+            yield _changed(decision, v, False)
+        waiting = [v for v in alive if not decision[v] and not decision[count + v]]
+        for v in sorted(waiting, key=self._seconds_for_a_byte)[:_AT_ONCE]:
+            yield _changed(decision, count + v, True)
 
     def _fill(self, found: Found, budget: float) -> None:
         improved = True
@@ -157,10 +173,13 @@ class Search:
             again = self._replay(found.decision).recomputed
             values = [v for n, v in self._index.items() if producer(n) in again]
             unsaved = [v for v in values if not found.decision[v]]
-            for v in sorted(unsaved, key=self._seconds_for_a_byte, reverse=True):
+            unsaved.sort(key=self._seconds_for_a_byte, reverse=True)
+            passing = len(self._index) + np.array(unsaved, dtype=int)
+            changes = [(int(v), False) for v in passing if found.decision[v]]
+            for v, value in changes + [(v, True) for v in unsaved]:
                 if self._left <= 0:
                     return
-                other = self._try(_changed(found.decision, v, True))
+                other = self._try(_changed(found.decision, v, value))
                 if other.peak <= budget and other.seconds < found.seconds:
                     found, improved = other, True
 
@@ -186,12 +205,16 @@ def problem_of(memory: Memory, seconds: dict[Node, float]) -> Problem:
     for node, operands in memory.inputs_of.items():
         for u in operands if node in when else ():
             last[values[u]] = max(last[values[u]], when[node])
+    for node, operation in memory.replaced.items():
+        if node in values:
+            last[values[node]] = when[operation] - 1
     return Problem(
         np.array([memory.cost[v] for v in values], dtype=float),
         np.array([operations[producer(v)] for v in values], dtype=np.int64),
         np.array([seconds[o] for o in operations], dtype=float),
         [[values[u] for u in memory.inputs_of[o]] for o in operations],
         [[values[u] for u in memory.needed_by.get(m.node, ())] for m in backward],
+        [[values[u] for u in memory.replaceable.get(m.node, ())] for m in backward],
         last,
         np.array([m.live for m in forward], dtype=float),
         np.array([m.live for m in backward], dtype=float),

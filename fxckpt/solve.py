@@ -51,6 +51,8 @@ class Problem:
         seconds: Of each operation, if it runs again.
         operands: The values that each operation reads.
         reads: The values that each moment of backward reads.
+        replaceable: Those of them that, computed again, make room for the result if they are read
+            for the last time.
         last: The last moment of forward at which each value lives in any case.
         forward: Bytes that live at each moment of forward, whatever is decided.
         backward: Likewise.
@@ -61,6 +63,7 @@ class Problem:
     seconds: Floats
     operands: Sequence[Sequence[int]]
     reads: Sequence[Sequence[int]]
+    replaceable: Sequence[Sequence[int]]
     last: Ints
     forward: Floats
     backward: Floats
@@ -91,7 +94,7 @@ class Program:
         self.problem = problem
         self._values, self._operations = len(problem.sizes), len(problem.seconds)
         self._first, self._last = self._needs()
-        self._until = self._last
+        self._until, self._again_until = self._last, self._replaced_at()
         # What is one of several results is taken to be there only if its operation runs again and
         # it is not saved itself: a variable of its own.
         results = np.bincount(problem.producer, minlength=self._operations)
@@ -143,7 +146,7 @@ class Program:
         ahead, behind = len(problem.forward), len(problem.backward)
         forward = _sums(ahead, problem.last + 1, np.full(self._values, ahead), saved)
         backward = _sums(behind, np.zeros(self._values, int), self._until + 1, saved)
-        backward += _sums(behind, self._first, self._last + 1, again)
+        backward += _sums(behind, self._first, self._again_until + 1, again)
         return np.concatenate([problem.forward + forward, problem.backward + backward])
 
     def _row(self, moment: int) -> csr_matrix:
@@ -153,7 +156,7 @@ class Program:
         there = problem.last < moment if t < 0 else self._until >= t
         row[: self._values][there] = sizes[there]
         if t >= 0:
-            there = (self._first <= t) & (t <= self._last)
+            there = (self._first <= t) & (t <= self._again_until)
             np.add.at(row, self._again[there], sizes[there])
         return csr_matrix(row)
 
@@ -166,6 +169,15 @@ class Program:
                 first[v] = min(first[v], moment)
                 last[v] = moment
         return first, last
+
+    def _replaced_at(self) -> Ints:
+        """The last moment at which each value lives if it is computed again."""
+        until = self._last.copy()
+        for moment, values in enumerate(self.problem.replaceable):
+            for v in values:
+                if self._last[v] == moment:
+                    until[v] = moment - 1
+        return until
 
     def _waited_for(self) -> Ints:
         """When the last operation that reads each value would run again, if it is later."""
@@ -204,13 +216,16 @@ class Program:
             yield [(n + o, 1.0), (int(v), -1.0), (int(self._again[v]), -1.0)], 0.0
 
     def _costs(self) -> Floats:
-        """Seconds; and so little for each byte saved that it decides only between equals."""
+        """Seconds; and so little for each byte saved that it decides only between equals.
+
+        The largest is 1: HiGHS has absolute tolerances, of more than what an operation takes.
+        """
         problem = self.problem
         costs = np.zeros(self._columns)
         costs[self._values : self._values + self._operations] = problem.seconds
         weight = 1e-6 * problem.seconds.sum() / max(problem.sizes.sum(), 1.0)
         costs[: self._values] = weight * problem.sizes
-        return costs
+        return costs / max(problem.seconds.max(initial=0.0), 1e-12)
 
 
 def _sums(count: int, begin: Ints, end: Ints, amounts: Floats) -> Floats:
