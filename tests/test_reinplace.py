@@ -23,9 +23,7 @@ from fxckpt.memory import Memory
 
 aten = torch.ops.aten
 
-UNARY = (
-    "abs ceil cos erf exp expm1 floor log1p neg reciprocal rsqrt sigmoid sin sqrt tanh relu silu"
-)
+UNARY = "abs ceil cos erf exp expm1 floor log1p neg reciprocal rsqrt sigmoid sin sqrt tanh relu"
 BINARY = "add sub mul div maximum minimum atan2 hypot fmod"
 CALLS: dict[str, Callable[..., Any]] = {
     **{name: getattr(torch, name) for name in UNARY.split()},
