@@ -35,6 +35,23 @@ _UNREAD_STATISTICS: dict[str, tuple[tuple[int, ...], int | None]] = {
     "aten::miopen_batch_norm_backward": ((3, 4), None),
 }
 
+# Backward operations that read an operand for its shape alone (its position); and those that do so
+# on the CPU, while kernels of other devices copy it if it is not contiguous.
+_READ_FOR_SHAPE = {
+    "aten::nll_loss_backward": 1,
+    "aten::nll_loss2d_backward": 1,
+    "aten::reflection_pad1d_backward": 1,
+    "aten::reflection_pad2d_backward": 1,
+    "aten::replication_pad1d_backward": 1,
+    "aten::replication_pad2d_backward": 1,
+}
+_READ_FOR_SHAPE_ON_CPU = {
+    "aten::max_pool2d_with_indices_backward": 1,
+    "aten::avg_pool2d_backward": 1,
+    "aten::_adaptive_avg_pool2d_backward": 1,
+    "aten::adaptive_max_pool2d_backward": 1,
+}
+
 # Factories that take a tensor for its shape alone: without contents, and with a constant (the
 # position of the argument that gives it, or the constant as text).
 _BLANKS = frozenset(("aten::empty_like", "aten::new_empty", "aten::new_empty_strided"))
@@ -178,7 +195,8 @@ def node_is_random(node: Node) -> bool:
 def node_device(node: Node) -> torch.device:
     """The device that a graph node computes on."""
     val = node.meta["val"]
-    return (val if isinstance(val, torch.Tensor) else val[0]).device
+    results = (val,) if isinstance(val, torch.Tensor) else val
+    return next(result.device for result in results if result is not None)
 
 
 def _argument(
@@ -306,6 +324,26 @@ def _is_written(variant: OpOverload) -> bool:
     info = variant._schema.arguments[-1].alias_info if variant._schema.arguments else None
     written = info is not None and info.is_write
     return written and torch.Tag.generated not in variant.tags
+
+
+def read_for_shape(node: Node) -> tuple[int, ...]:
+    """The positions of the operands that a backward operation reads for their shape alone."""
+    name = schema_name(node.target)
+    if name == "aten::convolution_backward":
+        mask: Any = node.args[-1]
+        return (1,) if mask[0] and not mask[1] else ()
+    position = _READ_FOR_SHAPE.get(name)
+    if position is None and node_device(node).type == "cpu":
+        position = _READ_FOR_SHAPE_ON_CPU.get(name)
+    return () if position is None else (position,)
+
+
+def can_be_imitated(val: torch.Tensor) -> bool:
+    """Whether kernels take one element, expanded, for what a tensor looks like.
+
+    Then they see neither layout as the one to keep, and take that for contiguous memory.
+    """
+    return val.is_contiguous() and val.numel() > 1
 
 
 def is_blank(node: Node) -> bool:

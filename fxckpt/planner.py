@@ -8,16 +8,19 @@ given out whose replay needs more than the budget.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
+from torch.fx import Node
 
 from fxckpt import ops, policies
 from fxckpt.cost import DEVICES, Costs, Device, measured
 from fxckpt.errors import BudgetError, PolicyError
 from fxckpt.joint import Joint
+from fxckpt.lean import lean
 from fxckpt.memory import Memory, Replay
 from fxckpt.places import ROOT
 from fxckpt.schedule import Choice
@@ -76,7 +79,8 @@ class Planner:
             steps, so that equal graphs get equal plans.
 
     Attributes:
-        memory: Of the graph.
+        joint: The graph that plans are made for, see `lean`.
+        memory: Of that graph.
         seconds: What each forward operation takes.
         eager_peak: Bytes that live at most in the step of the model as it is.
     """
@@ -86,9 +90,11 @@ class Planner:
     ) -> None:
         costs = Costs(_device(device, joint))
         here = costs.device.name == str(_device_of(joint))
+        self._given, self._costs = joint, costs
+        self._eager = Memory(joint, workspaces=here, eager=True)
+        self.eager_peak = self._eager.replay(self._eager.values).peak
+        self.joint = joint = lean(joint)
         self.memory = Memory(joint, workspaces=here)
-        eager = Memory(joint, workspaces=here, eager=True)
-        self.eager_peak = eager.replay(eager.values).peak
         self.seconds = {n: costs.seconds(n) for n in joint.forward_nodes()}
         backward = sum(map(costs.seconds, joint.backward_nodes()))
         self._step_seconds = sum(self.seconds.values()) + backward
@@ -101,6 +107,18 @@ class Planner:
                 self._search.consider(decide(joint))
             except PolicyError:
                 continue  # it has no layers of this kind
+
+    def strategy(self, decide: Callable[[Joint], Collection[Node]]) -> tuple[int, float]:
+        """What a strategy comes to by itself, with none of what plans do besides.
+
+        Args:
+            decide: From the graph as it was given to what is saved.
+
+        Returns:
+            Bytes at the peak, and seconds of what runs again.
+        """
+        replay = self._eager.replay(decide(self._given))
+        return replay.peak, math.fsum(self._costs.seconds(n) for n in replay.again)
 
     def plan(self, budget: int) -> Plan:
         """The fastest plan within a budget of bytes that is found.
@@ -188,7 +206,8 @@ class WithinBudget:
         if joint.position != ROOT:
             return Choice(frozenset())
         planner = Planner(joint, seconds=self._seconds)
-        return planner.plan(self._bytes_of(planner.eager_peak)).saved
+        saved = planner.plan(self._bytes_of(planner.eager_peak)).saved
+        return dataclasses.replace(saved, joint=planner.joint)
 
 
 def parse_budget(budget: Any) -> Callable[[int], int]:

@@ -40,7 +40,7 @@ from fxckpt.first_run import Misfit
 from fxckpt.joint import Joint
 from fxckpt.locks import LOCK
 from fxckpt.modes import AutocastState, autocast_as, autocast_state
-from fxckpt.schedule import read_before_written
+from fxckpt.schedule import Choice, read_before_written
 from fxckpt.split import Split, backward_from, kept_bytes, split
 from fxckpt.state import substituted
 from fxckpt.tape import BackwardKey, Result, Tape
@@ -139,9 +139,9 @@ class Captured:
     @functools.cached_property
     def saves_memory(self) -> bool:
         """Whether less is kept for backward than if all were saved."""
-        joint = self.program.joint
+        joint, choice = self._chosen(self._expected)
         everything = {value.node for value in joint.values()}
-        return kept_bytes(joint, self._decide(joint)) < kept_bytes(joint, everything)
+        return kept_bytes(joint, choice) < kept_bytes(joint, everything)
 
     @property
     def program(self) -> Program:
@@ -330,9 +330,15 @@ class Captured:
 
     # -- compiling
 
-    def _compile(self, key: BackwardKey) -> Program:
+    def _chosen(self, key: BackwardKey) -> tuple[Joint, Choice]:
+        """What is decided, and the graph that it is decided for."""
         joint = self.tape.joint(key)
-        halves = split(joint, self._decide(joint))
+        choice = Choice.of(self._decide(joint))
+        return choice.joint or joint, choice
+
+    def _compile(self, key: BackwardKey) -> Program:
+        joint, choice = self._chosen(key)
+        halves = split(joint, choice)
         positions = {name: i for i, name in enumerate(halves.primals)}
         return Program(
             joint,

@@ -90,10 +90,12 @@ class Choice(Collection[Node]):
     Attributes:
         saved: The values to keep.
         transient: See the note on values that are let go.
+        joint: The graph that these are values of, if it is another one than was asked about.
     """
 
     saved: frozenset[Node]
     transient: frozenset[Node] = frozenset()
+    joint: Joint | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @staticmethod
     def of(saved: Collection[Node]) -> Choice:

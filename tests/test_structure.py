@@ -46,6 +46,7 @@ LAYERS = (
     "selectors",
     "segments",
     "policies",
+    "lean",
     "schedule",
     "reinplace",
     "cost",
