@@ -241,6 +241,19 @@ class Ledger:
             change[read + 1] -= size
         return list(accumulate(change))
 
+    def older(self) -> list[int]:
+        """The bytes that live at each time and were there before."""
+        older = self.live()
+        for size, born in zip(self.sizes, self._born, strict=True):
+            older[born] -= size
+        return older
+
+    def lives(self) -> Iterator[tuple[Node, int, int]]:
+        """For each storage, the first value on it, when it was made and when it was read last."""
+        for owner, born, read in zip(self._owners, self._born, self._read, strict=True):
+            if owner is not None:
+                yield owner, born, read
+
     def alive(self, time: int) -> Iterator[tuple[Node, int]]:
         """The storages that live at a time: the first value on each, and its bytes."""
         for owner, size, born, read in zip(

@@ -24,9 +24,7 @@ take back what it did.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import NamedTuple
 
 from torch.fx import Node
 
@@ -34,66 +32,8 @@ from fxckpt import ops
 from fxckpt.joint import Joint, is_value
 from fxckpt.ledger import Fact, Ledger, allocated, allocated_for_result, allocated_for_state
 from fxckpt.reinplace import Reinplacer, Reuse
+from fxckpt.replay import Replay
 from fxckpt.schedule import Schedule, Scheduler, read_before_written
-
-
-class Moment(NamedTuple):
-    """One operation that runs.
-
-    Attributes:
-        node: The operation in the joint graph; for a step that is not there (the copy of a
-            generator's state, or of a buffer), what it is for.
-        phase: "forward", "recompute" or "backward".
-        live: Bytes that exist while it runs: operands, results, and all that is kept.
-    """
-
-    node: Node
-    phase: str
-    live: int
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Replay:
-    """What a decision does to memory.
-
-    Attributes:
-        moments: The operations in the order in which they run, without views.
-        saved: Bytes that forward hands to backward.
-        again: The forward operations that run again, in order; some may do so several times.
-    """
-
-    moments: tuple[Moment, ...]
-    saved: int
-    again: tuple[Node, ...]
-    _ledger: Ledger = dataclasses.field(repr=False, compare=False)
-
-    @property
-    def recomputed(self) -> frozenset[Node]:
-        """The forward operations that run again."""
-        return frozenset(self.again)
-
-    @property
-    def peak(self) -> int:
-        """The most that lives at any moment."""
-        return max((m.live for m in self.moments), default=0)
-
-    @property
-    def forward_peak(self) -> int:
-        """The most that lives at any moment of forward."""
-        return max((m.live for m in self.moments if m.phase == "forward"), default=0)
-
-    @property
-    def backward_peak(self) -> int:
-        """The most that lives at any moment of backward, recomputation included."""
-        return max((m.live for m in self.moments if m.phase != "forward"), default=0)
-
-    def at_peak(self) -> list[tuple[Node, int]]:
-        """The first value on each storage that lives at the peak, and its bytes; largest first."""
-        if not self.moments:
-            return []
-        index = max(range(len(self.moments)), key=lambda i: self.moments[i].live)
-        time, *_ = self._ledger.notable[index]
-        return sorted(self._ledger.alive(time), key=lambda entry: entry[1], reverse=True)
 
 
 def replay(joint: Joint, saved: Collection[Node]) -> Replay:
@@ -125,6 +65,7 @@ class Memory:
         fixed: What lives whatever is decided: at each operation of forward the values that forward
             itself still reads, at each operation of backward outputs, cotangents, gradients so far,
             and values of backward.
+        fixed_before: Likewise right before each operation of backward.
 
     Operations with several results are recomputed as one: `joint.producer` leads from a value to
     its operation.
@@ -172,6 +113,7 @@ class Memory:
         self.replaced = dict(self._replaced(bare, needless.forward))
         self.replaceable = dict(self._replaceable(bare, needless.backward))
         self.fixed = self._replay(bare)
+        self.fixed_before = self.fixed.before_backward()
 
     def replay(self, saved: Collection[Node]) -> Replay:
         """Counts what lives at every moment if `saved` is kept (see `split.split`)."""
@@ -197,7 +139,7 @@ class Memory:
         ledger.keep({*given, *ledger.of(scheduler.wanted)})
         saved = sum(ledger.sizes[s] for s in residuals)
         again = tuple(n for n in schedule.recomputed if self._facts[n].runs)
-        return Replay(_moments(ledger, boundary), saved, again, ledger)
+        return Replay(saved, again, ledger, boundary)
 
     def _root(self, node: Node) -> Node:
         """The value that owns the memory of a value."""
@@ -239,13 +181,3 @@ def _held_by_call(joint: Joint) -> list[tuple[Node, int]]:
     copied = [joint.primals[name] for name in read_before_written(joint)]
     states = [(node, allocated_for_state(device)) for device, node in random.items()]
     return [*states, *((node, allocated(node.meta["val"])) for node in copied)]
-
-
-def _moments(ledger: Ledger, boundary: int) -> tuple[Moment, ...]:
-    live = ledger.live()
-    moments = []
-    for time, node, extra in ledger.notable:
-        again = time > boundary and node.meta["phase"] == "forward"
-        phase = "forward" if time < boundary else "recompute" if again else "backward"
-        moments.append(Moment(node, phase, live[time] + extra))
-    return tuple(moments)

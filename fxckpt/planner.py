@@ -21,8 +21,9 @@ from fxckpt.cost import DEVICES, Costs, Device, measured
 from fxckpt.errors import BudgetError, PolicyError
 from fxckpt.joint import Joint
 from fxckpt.lean import lean
-from fxckpt.memory import Memory, Replay
+from fxckpt.memory import Memory
 from fxckpt.places import ROOT
+from fxckpt.replay import Replay
 from fxckpt.schedule import Choice
 from fxckpt.search import Found, Search
 
@@ -126,20 +127,18 @@ class Planner:
         Raises:
             BudgetError: if none is found.
         """
-        if budget < self._everything.peak:
+        if self.memory.fixed.peak <= budget < self._everything.peak:
             self._search.look(budget)
         found = self._search.best(budget)
-        if found is None:
-            self._search.look_for_least(self._floor())
-            found = self._search.best(budget)
+        if found is None and (least := self._search.least).peak <= budget:
+            found = least
         if found is None:
             raise self._error(budget)
         return self._plan(budget, found)
 
     def least(self) -> Plan:
         """The plan that needs least of those that are found."""
-        self._search.look_for_least(self._floor())
-        found = self._search.least()
+        found = self._search.least
         return self._plan(found.peak, found)
 
     def frontier(self, points: int = 12) -> list[Plan]:
@@ -149,10 +148,6 @@ class Planner:
         for budget in budgets[:-1]:
             self._search.look(budget)
         return [self._plan(b, f) for b in budgets if (f := self._search.best(b)) is not None]
-
-    def _floor(self) -> float:
-        """No decision needs less than what lives in any case."""
-        return float(self.memory.fixed.peak)
 
     def _plan(self, budget: int, found: Found) -> Plan:
         choice = self._search.choice(found.decision)
@@ -170,7 +165,7 @@ class Planner:
         )
 
     def _error(self, budget: int) -> BudgetError:
-        least = self._search.least()
+        least = self._search.least
         largest = self.memory.replay(self._search.choice(least.decision)).at_peak()[:5]
         values = ", ".join(
             f"{node.name} ({node.meta.get('path') or 'the root'}, {readable(size)})"

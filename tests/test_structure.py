@@ -52,6 +52,7 @@ LAYERS = (
     "cost",
     "workspace",
     "ledger",
+    "replay",
     "memory",
     "solve",
     "search",
