@@ -130,8 +130,6 @@ class Planner:
         if self.memory.fixed.peak <= budget < self._everything.peak:
             self._search.look(budget)
         found = self._search.best(budget)
-        if found is None and (least := self._search.least).peak <= budget:
-            found = least
         if found is None:
             raise self._error(budget)
         return self._plan(budget, found)

@@ -22,6 +22,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -40,6 +41,7 @@ Decision = NDArray[np.bool_]
 _ROUNDINGS = (0.999, 0.5, 0.001)  # what counts as saved
 _RECENT = 32  # replays that are kept
 _LESSONS, _AIMS = 3, 8  # how often to learn, and to aim lower
+_SHARES, _POOR = (1.0, 0.85, 0.7), 1.3  # what to aim for from below; when to look there
 _AT_ONCE = 6  # values to try to give up
 _HALVINGS, _STARTS, _DESCENT = 8, 4, 0.95  # how to find what needs least
 
@@ -108,6 +110,21 @@ class Search:
         self._look_by_aiming(budget)
         if (known := self.best(budget)) is not None:
             self._fill(known, budget)
+        self._look_from_below(budget)
+
+    def _look_from_below(self, budget: float) -> None:
+        """Lets all go that is not saved, and then less, if what is known is poor."""
+        self._left = self._replays
+        for share in _SHARES:
+            solution, known = self._plans.solve(share * budget), self.best(budget)
+            if solution is None or (known and known.seconds < _POOR * solution.seconds):
+                break
+            start = self._try(self._without_waiting(self._rounded(solution, 0.5)))
+            if (found := self._repair(start, budget)).peak <= budget:
+                self._fill(found, budget)
+        if self.best(budget) is None and self.least.peak <= budget:
+            self._left = self._replays
+            self._fill(self.least, budget)
 
     def _look_by_learning(self, budget: float) -> None:
         """Solutions without fractions, where values live as they did in the replay before."""
@@ -165,9 +182,15 @@ class Search:
             else:
                 high = middle
                 starts += [self._try(self._rounded(solution, limit)) for limit in _ROUNDINGS]
+        starts += [self._try(self._without_waiting(found.decision)) for found in starts]
         starts.sort(key=lambda found: (found.peak, found.seconds))
         lowest = [self._descend(found, low) for found in starts[:_STARTS]]
         return min(lowest, key=lambda found: (found.peak, found.seconds))
+
+    def _without_waiting(self, decision: Decision) -> Decision:
+        """The same with all let go that is not saved."""
+        saved = decision[: len(self._index)]
+        return np.append(saved, ~saved)
 
     def _descend(self, found: Found, low: float) -> Found:
         """Repairs a decision for less and less."""
@@ -230,21 +253,27 @@ class Search:
             yield _changed(decision, v, True)
 
     def _fill(self, found: Found, budget: float) -> None:
+        """Saves more, or lets less go, as long as it fits."""
         improved = True
         while improved and self._left > 0:
             improved = False
-            again = self._replay(found.decision).recomputed
-            values = [v for n, v in self._index.items() if producer(n) in again]
-            unsaved = [v for v in values if not found.decision[v]]
-            unsaved.sort(key=self._seconds_for_a_byte, reverse=True)
-            passing = len(self._index) + np.array(unsaved, dtype=int)
-            changes = [(int(v), False) for v in passing if found.decision[v]]
-            for v, value in changes + [(v, True) for v in unsaved]:
+            for v, value in [*self._supplements(found.decision)]:
                 if self._left <= 0:
                     return
                 other = self._try(_changed(found.decision, v, value))
                 if other.peak <= budget and other.seconds < found.seconds:
                     found, improved = other, True
+
+    def _supplements(self, decision: Decision) -> Iterator[tuple[int, bool]]:
+        """What could be changed for less recomputation; the most seconds for a byte first."""
+        count, runs = len(self._index), Counter(self._replay(decision).again)
+        again = [v for n, v in self._index.items() if not decision[v] and runs[producer(n)]]
+        twice = [v for v in again if runs[producer(self.memory.values[v])] > 1]
+        for v in sorted(twice, key=self._seconds_for_a_byte, reverse=True):
+            if decision[count + v]:
+                yield count + v, False
+        for v in sorted(again, key=self._seconds_for_a_byte, reverse=True):
+            yield v, True
 
     def _seconds_for_a_byte(self, v: int) -> float:
         problem = self._problem
