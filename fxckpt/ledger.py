@@ -16,7 +16,7 @@ import torch
 from torch.fx import Node
 
 from fxckpt import ops
-from fxckpt.joint import producer, storage_bytes
+from fxckpt.joint import storage_bytes
 from fxckpt.reinplace import Reinplacer, Reuse
 from fxckpt.schedule import Before, State, Step
 from fxckpt.workspace import oversized, workspace
@@ -136,6 +136,7 @@ class Ledger:
         self._born, self._read = [0], [0]  # when each storage is made, and read for the last time
         self._owners: list[Node | None] = [None]
         self._places: dict[Step, tuple[int, ...]] = {}  # the storages that each variable holds
+        self._parents: dict[int, Node] = {}  # the tuples that storages came in
 
     def make(self, owner: Node, sizes: Collection[int]) -> tuple[int, ...]:
         """Makes storages; `owner` is what they are shown as."""
@@ -202,7 +203,7 @@ class Ledger:
             places = self._places.get(fact.shares, _NOWHERE)
             if fact.index is not None:
                 places = places[fact.index : fact.index + 1]
-                self._owners[places[0]] = node
+                self._owners[places[0]], self._parents[places[0]] = node, fact.shares
             self._places[node] = places
             return
         if node in self._states:
@@ -220,9 +221,10 @@ class Ledger:
         """Lets a result take the place of an operand: a storage that is made as another dies."""
         (new,) = self.place(step, self.sizes[storage])
         self._read[storage] = self.now - 1
-        if (owner := self._owners[storage]) is not None:  # it may still be in a tuple
-            held = self._places[producer(owner)]
-            self._places[producer(owner)] = tuple(new if s == storage else s for s in held)
+        if (parent := self._parents.get(storage)) is not None:
+            self._parents[new] = parent
+            held = self._places[parent]
+            self._places[parent] = tuple(new if s == storage else s for s in held)
         self.notable.append((self.now, step, self._facts[step].workspace))
 
     def _extra(self, step: State | Before) -> None:

@@ -104,6 +104,13 @@ _UNTAGGED_ELEMENTWISE = frozenset(
     f"aten::{name}_backward" for name in ("hardtanh", "leaky_relu", "elu")
 )
 
+# Not element-wise, but their kernels for the CPU finish reading a row before they write to it; what
+# others do is not known.
+_WRITING_BEHIND_ON_CPU = frozenset(
+    f"aten::{name}"
+    for name in "_log_softmax _log_softmax_backward_data _softmax _softmax_backward_data".split()
+)
+
 # The variant in place that runs the same kernel, where that of the same name does not: `mul_` with
 # a scalar swaps the operands, and then a scalar is rounded to half precision.
 _IN_PLACE = {aten.mul.Scalar: aten.mul_.Tensor}
@@ -281,7 +288,7 @@ def spread(mask: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
-def writing_into(target: Any, position: int) -> tuple[OpOverload, str] | None:
+def writing_into(target: Any, position: int, device: str = "cpu") -> tuple[OpOverload, str] | None:
     """The variant of an element-wise operation that writes its result into one of its arguments.
 
     Only those that run the same kernel: variants which torch generates compute elsewhere and copy.
@@ -289,12 +296,13 @@ def writing_into(target: Any, position: int) -> tuple[OpOverload, str] | None:
     Args:
         target: The operation.
         position: Of the argument.
+        device: Type of the device.
 
     Returns:
         The variant, and the keyword for the memory to write to: none if that is implied. None if
         there is no such variant.
     """
-    if not isinstance(target, OpOverload) or not _is_elementwise(target):
+    if not isinstance(target, OpOverload) or not _is_elementwise(target, device):
         return None
     packet, name = target.overloadpacket, target._overloadname
     in_place = getattr(aten, packet.__name__ + "_", None)
@@ -313,9 +321,10 @@ def _declared(target: OpOverload) -> list[tuple[str, str]]:
     return [(a.name, str(a.type)) for a in target._schema.arguments]
 
 
-def _is_elementwise(target: OpOverload) -> bool:
-    random = torch.Tag.nondeterministic_seeded in target.tags
-    known = torch.Tag.pointwise in target.tags or target._schema.name in _UNTAGGED_ELEMENTWISE
+def _is_elementwise(target: OpOverload, device: str) -> bool:
+    random, name = torch.Tag.nondeterministic_seeded in target.tags, target._schema.name
+    known = torch.Tag.pointwise in target.tags or name in _UNTAGGED_ELEMENTWISE
+    known |= device == "cpu" and name in _WRITING_BEHIND_ON_CPU
     return known and not random and not target._schema.is_mutable
 
 

@@ -181,19 +181,20 @@ class _Uses:
 def _replaceable(node: Node) -> tuple[Node, ...]:
     """The operands whose memory a result could take, as far as their looks go."""
     result = node.meta["val"]
-    if ops.writing_into(node.target, 0) is None and ops.writing_into(node.target, 1) is None:
+    if not isinstance(result, torch.Tensor):
         return ()
-    operands = node.all_input_nodes
-    if not all(_keeps_strides(n.meta["val"], result) for n in operands):
-        return ()
-    return tuple(
+    device = result.device.type
+    operands = [
         n
         for i, n in enumerate(node.args)
-        if isinstance(n, Node)
-        and ops.writing_into(node.target, i) is not None
-        and _looks_like(n.meta["val"], result)
-        and _is_made_for(owner_of(n), storage_bytes(result))
-    )
+        if isinstance(n, Node) and ops.writing_into(node.target, i, device) is not None
+    ]
+    if not operands:
+        return ()
+    if not all(_keeps_strides(n.meta["val"], result) for n in node.all_input_nodes):
+        return ()
+    fits = (n for n in operands if _looks_like(n.meta["val"], result))
+    return tuple(n for n in fits if _is_made_for(owner_of(n), storage_bytes(result)))
 
 
 def _keeps_strides(operand: torch.Tensor, result: torch.Tensor) -> bool:

@@ -41,7 +41,8 @@ Decision = NDArray[np.bool_]
 _ROUNDINGS = (0.999, 0.5, 0.001)  # what counts as saved
 _RECENT = 32  # replays that are kept
 _LESSONS, _AIMS = 3, 8  # how often to learn, and to aim lower
-_SHARES, _POOR = (1.0, 0.85, 0.7), 1.3  # what to aim for from below; when to look there
+_SHARES = (1.0, 0.85, 0.7)  # of the budget, that are aimed for from below
+_POOR, _GOOD = 1.3, 1.02  # times the seconds of the program: when to look from below, to exchange
 _AT_ONCE = 6  # values to try to give up
 _HALVINGS, _STARTS, _DESCENT = 8, 4, 0.95  # how to find what needs least
 
@@ -110,14 +111,21 @@ class Search:
         self._look_by_aiming(budget)
         if (known := self.best(budget)) is not None:
             self._fill(known, budget)
-        self._look_from_below(budget)
+        if self._is_poor(budget, _POOR):
+            self._look_from_below(budget)
+        if self._is_poor(budget, _GOOD):
+            self._exchange(budget)
+
+    def _is_poor(self, budget: float, factor: float) -> bool:
+        """Whether the best that is known takes much longer than the program for plans says."""
+        solution, known = self._plans.solve(budget), self.best(budget)
+        return known is None or (solution is not None and known.seconds > factor * solution.seconds)
 
     def _look_from_below(self, budget: float) -> None:
-        """Lets all go that is not saved, and then less, if what is known is poor."""
+        """Lets all go that is not saved, and then less."""
         self._left = self._replays
         for share in _SHARES:
-            solution, known = self._plans.solve(share * budget), self.best(budget)
-            if solution is None or (known and known.seconds < _POOR * solution.seconds):
+            if (solution := self._plans.solve(share * budget)) is None:
                 break
             start = self._try(self._without_waiting(self._rounded(solution, 0.5)))
             if (found := self._repair(start, budget)).peak <= budget:
@@ -263,6 +271,20 @@ class Search:
                 other = self._try(_changed(found.decision, v, value))
                 if other.peak <= budget and other.seconds < found.seconds:
                     found, improved = other, True
+
+    def _exchange(self, budget: float) -> None:
+        """Changes the best that is known for less recomputation, and repairs what that breaks."""
+        improved = True
+        while improved and self._left > 0 and (found := self.best(budget)) is not None:
+            improved = False
+            for v, value in [*self._supplements(found.decision)]:
+                if self._left <= 0:
+                    return
+                other = self._repair(self._try(_changed(found.decision, v, value)), budget)
+                if other.peak <= budget and other.seconds < found.seconds:
+                    self._fill(other, budget)
+                    improved = True
+                    break
 
     def _supplements(self, decision: Decision) -> Iterator[tuple[int, bool]]:
         """What could be changed for less recomputation; the most seconds for a byte first."""

@@ -186,6 +186,7 @@ def test_random_decisions(name: str, share: int) -> None:
 )
 @example(code=[("loss", 0, 0, 0)], kind="leaf", seed=0, share=0)  # larger than it looks
 @example(code=[("fill_new", 0, 1, 0), ("batch_norm", 2, 0, 2)], kind="plain", seed=0, share=0)
+@example(code=[("rrelu", 0, 0, 0), ("leaky_relu", 0, 0, 0)], kind="plain", seed=0, share=0)
 @example(code=[("conv", 0, 0, 1), ("dropout_in_place", 0, 0, 0)], kind="leaf", seed=0, share=0)
 def test_random_programs(code: list[Any], kind: str, seed: int, share: int) -> None:
     decide = random_choice(seed, share)

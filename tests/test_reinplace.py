@@ -42,6 +42,8 @@ CALLS: dict[str, Callable[..., Any]] = {
     "addcmul": lambda x, y: torch.addcmul(x, x, y, value=0.3),
     "where": lambda x, y: torch.where(x > 0, x, y),
     "masked_fill": lambda x: x.masked_fill(x > 0, -1.0),
+    "softmax": lambda x: x.softmax(-1),
+    "log_softmax": lambda x: x.log_softmax(0),
     "clamp": lambda x: x.clamp(-0.5, 0.5),
     "lerp": lambda x, y: torch.lerp(x, y, 0.3),
 }
@@ -94,6 +96,22 @@ def assert_same_in_place(found: Any, i: int, args: Any, kwargs: Any, out: Tensor
     assert content(result) == content(out), f"{op} into argument {i}"
 
 
+@pytest.mark.parametrize("shape", [(3, 50257), (300, 50), (8, 1025), (2, 70, 9, 5), (16, 2, 128)])
+@pytest.mark.parametrize("name", ["_softmax", "_log_softmax"])
+def test_softmax_gives_the_same_bits_in_place(name: str, shape: tuple[int, ...]) -> None:
+    """Along each dimension, rows of one or of several chunks."""
+    for dim in range(len(shape)):
+        x, gradient = torch.randn(shape), torch.randn(shape)
+        y = getattr(aten, name)(x, dim, False)
+        backward = getattr(aten, name + "_backward_data").default
+        for op, args in (
+            (getattr(aten, name).default, (x, dim, False)),
+            (backward, (gradient, y, dim, torch.float32)),
+        ):
+            for i in range(1 + (op is backward)):
+                assert_same_in_place(ops.writing_into(op, i), i, args, {}, op(*args))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", CALLS)
 def test_kernels_give_the_same_bits_in_place(name: str, dtype: torch.dtype) -> None:
@@ -118,6 +136,8 @@ def test_variants_compute_right_there() -> None:
     )
     assert ops.writing_into(aten.native_dropout_backward.default, 0) is None
     assert ops.writing_into(aten.mm.default, 0) is None
+    assert ops.writing_into(aten._softmax.default, 0, "cpu") == (aten._softmax.out, "out")
+    assert ops.writing_into(aten._softmax.default, 0, "cuda") is None
     assert ops.writing_into(aten.bernoulli.default, 0) is None
     assert ops.writing_into(aten.mul_.Tensor, 0) is None
 
