@@ -155,18 +155,17 @@ def budgets(planner: Planner, parameters: int, fractions: Sequence[float]) -> It
         yield [fraction, peak, 100 * plan.overhead, bound, 100 * plan.gap, seconds]
 
 
-def strategies(planner: Planner, joint: Joint, parameters: int) -> Iterator[list[Any]]:
+def strategies(planner: Planner, parameters: int) -> Iterator[list[Any]]:
     """Rows of the second table."""
     for name, decide in policies.NAMES.items():
         try:
-            replay = planner.memory.replay(decide(joint))
+            held, seconds = planner.strategy(decide)
         except PolicyError:
             continue
-        seconds = sum(planner.seconds[n] for n in replay.recomputed)
-        if not seconds or replay.peak >= planner.eager_peak:
+        if not seconds or held >= planner.eager_peak:
             continue
-        plan = planner.plan(replay.peak)
-        peak = 100 * (replay.peak + parameters) / (planner.eager_peak + parameters)
+        plan = planner.plan(held)
+        peak = 100 * (held + parameters) / (planner.eager_peak + parameters)
         theirs, ours = 100 * seconds / plan.step_seconds, 100 * plan.overhead
         yield [name, peak, theirs, ours, ours / theirs]
 
@@ -200,7 +199,7 @@ def section(name: str, fractions: Sequence[float]) -> str:
         floatfmt=("g", ".2f", ".1f", ".1f", ".1f", ".1f"),
     )
     second = tabulate(
-        strategies(planner, joint, parameters),
+        strategies(planner, parameters),
         ["strategy", "peak %", "overhead %", "plan at that peak %", "ratio"],
         "github",
         floatfmt=("", ".0f", ".1f", ".1f", ".2f"),

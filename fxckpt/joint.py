@@ -195,6 +195,20 @@ def is_value(node: Node) -> bool:
     )
 
 
+def memory_of(node: Node) -> Node | None:
+    """The value in whose memory a value is, if it has none of its own."""
+    if node.target is torch.ops.aten._unsafe_view.default:
+        return node.all_input_nodes[0]
+    return node.meta.get("alias")
+
+
+def owner_of(node: Node) -> Node:
+    """The value in whose memory a value is in the end."""
+    while (shares := memory_of(node)) is not None:
+        node = shares
+    return node
+
+
 def root(node: Node) -> Node:
     """The node that owns the storage of `node`."""
     while (alias := node.meta.get("alias")) is not None:

@@ -17,7 +17,7 @@ from torch.fx import Node
 
 from fxckpt import ops
 from fxckpt.joint import storage_bytes
-from fxckpt.reinplace import Reinplacer
+from fxckpt.reinplace import Reinplacer, Reuse
 from fxckpt.schedule import Before, State, Step
 from fxckpt.workspace import oversized, workspace
 
@@ -80,7 +80,7 @@ class Fact:
         return self.shares is None
 
     @staticmethod
-    def of(node: Node, known: Reinplacer) -> Fact:
+    def of(node: Node, known: Reinplacer, workspaces: bool) -> Fact:
         """The facts of a node."""
         parent: Any
         if (shares := known.shares[node]) is not None:
@@ -97,7 +97,7 @@ class Fact:
             tuple(_sizes(node, results[:count])),
             tuple(allocated_for_copy(result) for result in results[count:]),
             tuple(bases),
-            workspace(node),
+            workspace(node) if workspaces else 0,
         )
 
 
@@ -136,6 +136,7 @@ class Ledger:
         self._born, self._read = [0], [0]  # when each storage is made, and read for the last time
         self._owners: list[Node | None] = [None]
         self._places: dict[Step, tuple[int, ...]] = {}  # the storages that each variable holds
+        self._parents: dict[int, Node] = {}  # the tuples that storages came in
 
     def make(self, owner: Node, sizes: Collection[int]) -> tuple[int, ...]:
         """Makes storages; `owner` is what they are shown as."""
@@ -171,7 +172,7 @@ class Ledger:
         self,
         steps: Iterable[Step],
         reads: Mapping[Node, Iterable[Node]],
-        needless: Collection[Node],
+        reuse: Reuse,
         pure: Collection[Node] = (),
     ) -> None:
         """Notes what steps read and make.
@@ -179,17 +180,20 @@ class Ledger:
         Args:
             steps: What runs.
             reads: What each operation reads.
-            needless: The mutations that work on their arguments themselves.
+            reuse: The steps that need no new memory.
             pure: The mutations that leave out what they do to their arguments.
         """
         places, last = self._places, self._read
-        for step in steps:
+        for i, step in enumerate(steps):
             self.now += 1
             if isinstance(step, Node):
                 for read in reads[step]:
                     for storage in places.get(read, _NOWHERE):
                         last[storage] = self.now
-                self._make(step, step in needless, step in pure)
+                if (replaced := reuse.results.get(i)) is None:
+                    self._make(step, i in reuse.mutations, step in pure)
+                else:
+                    self._replace(places[replaced][0], step)
             else:
                 self._extra(step)
 
@@ -199,7 +203,7 @@ class Ledger:
             places = self._places.get(fact.shares, _NOWHERE)
             if fact.index is not None:
                 places = places[fact.index : fact.index + 1]
-                self._owners[places[0]] = node
+                self._owners[places[0]], self._parents[places[0]] = node, fact.shares
             self._places[node] = places
             return
         if node in self._states:
@@ -212,6 +216,16 @@ class Ledger:
         else:
             self.place(node, *fact.fresh, *fact.copies)
         self.notable.append((self.now, node, fact.workspace))
+
+    def _replace(self, storage: int, step: Node) -> None:
+        """Lets a result take the place of an operand: a storage that is made as another dies."""
+        (new,) = self.place(step, self.sizes[storage])
+        self._read[storage] = self.now - 1
+        if (parent := self._parents.get(storage)) is not None:
+            self._parents[new] = parent
+            held = self._places[parent]
+            self._places[parent] = tuple(new if s == storage else s for s in held)
+        self.notable.append((self.now, step, self._facts[step].workspace))
 
     def _extra(self, step: State | Before) -> None:
         self.keep(self._places.get(step, ()))
@@ -228,6 +242,19 @@ class Ledger:
             change[born] += size
             change[read + 1] -= size
         return list(accumulate(change))
+
+    def older(self) -> list[int]:
+        """The bytes that live at each time and were there before."""
+        older = self.live()
+        for size, born in zip(self.sizes, self._born, strict=True):
+            older[born] -= size
+        return older
+
+    def lives(self) -> Iterator[tuple[Node, int, int]]:
+        """For each storage, the first value on it, when it was made and when it was read last."""
+        for owner, born, read in zip(self._owners, self._born, self._read, strict=True):
+            if owner is not None:
+                yield owner, born, read
 
     def alive(self, time: int) -> Iterator[tuple[Node, int]]:
         """The storages that live at a time: the first value on each, and its bytes."""

@@ -24,71 +24,16 @@ take back what it did.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Collection, Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from torch.fx import Node
 
 from fxckpt import ops
 from fxckpt.joint import Joint, is_value
 from fxckpt.ledger import Fact, Ledger, allocated, allocated_for_result, allocated_for_state
-from fxckpt.reinplace import Reinplacer
+from fxckpt.reinplace import Reinplacer, Reuse
+from fxckpt.replay import Replay
 from fxckpt.schedule import Schedule, Scheduler, read_before_written
-
-
-class Moment(NamedTuple):
-    """One operation that runs.
-
-    Attributes:
-        node: The operation in the joint graph; for a step that is not there (the copy of a
-            generator's state, or of a buffer), what it is for.
-        phase: "forward", "recompute" or "backward".
-        live: Bytes that exist while it runs: operands, results, and all that is kept.
-    """
-
-    node: Node
-    phase: str
-    live: int
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Replay:
-    """What a decision does to memory.
-
-    Attributes:
-        moments: The operations in the order in which they run, without views.
-        saved: Bytes that forward hands to backward.
-        recomputed: The forward operations that run again.
-    """
-
-    moments: tuple[Moment, ...]
-    saved: int
-    recomputed: frozenset[Node]
-    _ledger: Ledger = dataclasses.field(repr=False, compare=False)
-
-    @property
-    def peak(self) -> int:
-        """The most that lives at any moment."""
-        return max((m.live for m in self.moments), default=0)
-
-    @property
-    def forward_peak(self) -> int:
-        """The most that lives at any moment of forward."""
-        return max((m.live for m in self.moments if m.phase == "forward"), default=0)
-
-    @property
-    def backward_peak(self) -> int:
-        """The most that lives at any moment of backward, recomputation included."""
-        return max((m.live for m in self.moments if m.phase != "forward"), default=0)
-
-    def at_peak(self) -> list[tuple[Node, int]]:
-        """The first value on each storage that lives at the peak, and its bytes; largest first."""
-        if not self.moments:
-            return []
-        index = max(range(len(self.moments)), key=lambda i: self.moments[i].live)
-        time, *_ = self._ledger.notable[index]
-        return sorted(self._ledger.alive(time), key=lambda entry: entry[1], reverse=True)
 
 
 def replay(joint: Joint, saved: Collection[Node]) -> Replay:
@@ -113,9 +58,14 @@ class Memory:
             is always there, such as primals, is left out.
         needed_by: For each backward operation, in order, which of `values` it reads, be it through
             views. What is taken out of the graph just before it (views) counts as read by it.
+        replaced: The values of which an operation of forward takes the place unless they are saved,
+            and that operation.
+        replaceable: For operations of backward that make new memory, the values whose place they
+            could take if these are computed again and die.
         fixed: What lives whatever is decided: at each operation of forward the values that forward
             itself still reads, at each operation of backward outputs, cotangents, gradients so far,
             and values of backward.
+        fixed_before: Likewise right before each operation of backward.
 
     Operations with several results are recomputed as one: `joint.producer` leads from a value to
     its operation.
@@ -124,14 +74,24 @@ class Memory:
         joint: What is replayed.
         outputs_held: Whether the caller holds the outputs to the end of backward. If not, they are
             taken to die before it, as in `model(x).sum().backward()`.
+        workspaces: Whether to count what kernels take besides; not if the step is to run on
+            another device than the graph is on.
+        eager: Whether results are made in new memory, as eager does (see `reinplace`).
     """
 
-    def __init__(self, joint: Joint, *, outputs_held: bool = True) -> None:
+    def __init__(
+        self,
+        joint: Joint,
+        *,
+        outputs_held: bool = True,
+        workspaces: bool = True,
+        eager: bool = False,
+    ) -> None:
         self._joint, self._outputs_held = joint, outputs_held
         self._scheduler = Scheduler(joint)
-        self._reinplacer = Reinplacer(self._scheduler)
+        self._reinplacer = Reinplacer(self._scheduler, eager=eager)
         nodes = [*joint.forward_nodes(), *joint.backward_nodes()]
-        self._facts = {n: Fact.of(n, self._reinplacer) for n in nodes}
+        self._facts = {n: Fact.of(n, self._reinplacer, workspaces) for n in nodes}
         self._held_by_call = _held_by_call(joint)
         self.values = [
             n
@@ -148,7 +108,12 @@ class Memory:
             if self._facts[n].runs
         }
         self.needed_by = dict(self._backward_reads())
-        self.fixed = self._replay(self._scheduler.bare())
+        bare = self._scheduler.bare()
+        needless = self._reinplacer.needless(bare)
+        self.replaced = dict(self._replaced(bare, needless.forward))
+        self.replaceable = dict(self._replaceable(bare, needless.backward))
+        self.fixed = self._replay(bare)
+        self.fixed_before = self.fixed.before_backward()
 
     def replay(self, saved: Collection[Node]) -> Replay:
         """Counts what lives at every moment if `saved` is kept (see `split.split`)."""
@@ -173,8 +138,8 @@ class Memory:
             ledger.keep(outputs)
         ledger.keep({*given, *ledger.of(scheduler.wanted)})
         saved = sum(ledger.sizes[s] for s in residuals)
-        recomputed = frozenset(n for n in schedule.recomputed if self._facts[n].runs)
-        return Replay(_moments(ledger, boundary), saved, recomputed, ledger)
+        again = tuple(n for n in schedule.recomputed if self._facts[n].runs)
+        return Replay(saved, again, ledger, boundary)
 
     def _root(self, node: Node) -> Node:
         """The value that owns the memory of a value."""
@@ -194,6 +159,18 @@ class Memory:
                 yield node, self._values_read(reads)
                 reads = []
 
+    def _replaced(self, bare: Schedule, reuse: Reuse) -> Iterator[tuple[Node, Node]]:
+        for i, step in enumerate(bare.forward):
+            if isinstance(step, Node) and (i in reuse.mutations or i in reuse.results):
+                candidates = self._reinplacer.candidates(step)
+                if len(candidates) == 1:  # else another one may make room
+                    yield candidates[0], step
+
+    def _replaceable(self, bare: Schedule, reuse: Reuse) -> Iterator[tuple[Node, Sequence[Node]]]:
+        for i, step in enumerate(bare.backward):
+            if isinstance(step, Node) and i not in reuse.mutations and i not in reuse.results:
+                yield step, [n for n in self._reinplacer.candidates(step) if n in self.cost]
+
 
 def _held_by_call(joint: Joint) -> list[tuple[Node, int]]:
     """What `runtime` keeps besides until backward starts: random states, and copies of buffers.
@@ -204,13 +181,3 @@ def _held_by_call(joint: Joint) -> list[tuple[Node, int]]:
     copied = [joint.primals[name] for name in read_before_written(joint)]
     states = [(node, allocated_for_state(device)) for device, node in random.items()]
     return [*states, *((node, allocated(node.meta["val"])) for node in copied)]
-
-
-def _moments(ledger: Ledger, boundary: int) -> tuple[Moment, ...]:
-    live = ledger.live()
-    moments = []
-    for time, node, extra in ledger.notable:
-        again = time > boundary and node.meta["phase"] == "forward"
-        phase = "forward" if time < boundary else "recompute" if again else "backward"
-        moments.append(Moment(node, phase, live[time] + extra))
-    return tuple(moments)

@@ -15,6 +15,7 @@ from fxckpt.errors import BudgetError, FxckptError, PolicyError
 from fxckpt.installation import install, installed, plain, runner_of, uninstall
 from fxckpt.planner import AsPlanned, WithinBudget
 from fxckpt.plans import Plan
+from fxckpt.runtime import Decide
 from fxckpt.unit import Unit
 
 M = TypeVar("M", bound=nn.Module)
@@ -117,6 +118,7 @@ def rewrite_(
     A module that is rewritten already gets the new policy instead. `restore_` undoes it.
     """
     _require_module("rewrite_", model)
+    decide: Decide
     if budget is None and plan is None:
         decide = policies.resolve(policy, save=save, recompute=recompute)
     elif policy is None and not save and not recompute:
@@ -177,7 +179,7 @@ def graphs(model: nn.Module) -> tuple[GraphModule, GraphModule]:
 
 def _planned(
     budget: int | str | float | None, plan: Plan | None, seconds: float, profile: bool
-) -> policies.Decide:
+) -> Decide:
     """What decides by a budget, or as planned."""
     if plan is None:
         return WithinBudget(budget, seconds, profile=profile)

@@ -7,6 +7,7 @@ operation returns a view is not in a table: `capture` sees it from the storages.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from operator import getitem
 from typing import Any
@@ -32,6 +33,23 @@ _UNREAD_STATISTICS: dict[str, tuple[tuple[int, ...], int | None]] = {
     "aten::native_batch_norm_backward": ((3, 4), 7),
     "aten::cudnn_batch_norm_backward": ((3, 4), None),
     "aten::miopen_batch_norm_backward": ((3, 4), None),
+}
+
+# Backward operations that read an operand for its shape alone (its position); and those that do so
+# on the CPU, while kernels of other devices copy it if it is not contiguous.
+_READ_FOR_SHAPE = {
+    "aten::nll_loss_backward": 1,
+    "aten::nll_loss2d_backward": 1,
+    "aten::reflection_pad1d_backward": 1,
+    "aten::reflection_pad2d_backward": 1,
+    "aten::replication_pad1d_backward": 1,
+    "aten::replication_pad2d_backward": 1,
+}
+_READ_FOR_SHAPE_ON_CPU = {
+    "aten::max_pool2d_with_indices_backward": 1,
+    "aten::avg_pool2d_backward": 1,
+    "aten::_adaptive_avg_pool2d_backward": 1,
+    "aten::adaptive_max_pool2d_backward": 1,
 }
 
 # Factories that take a tensor for its shape alone: without contents, and with a constant (the
@@ -80,6 +98,22 @@ _BACKWARD_OF_EAGER: dict[str, tuple[str, str, int | None]] = {
 
 # Likewise, but eager's way can be recorded: see `spread`.
 _SPREADING = frozenset(("MaxBackward1", "MinBackward1", "MedianBackward0", "NanmedianBackward0"))
+
+# Element-wise, as torch does not say of them.
+_UNTAGGED_ELEMENTWISE = frozenset(
+    f"aten::{name}_backward" for name in ("hardtanh", "leaky_relu", "elu")
+)
+
+# Not element-wise, but their kernels for the CPU finish reading a row before they write to it; what
+# others do is not known.
+_WRITING_BEHIND_ON_CPU = frozenset(
+    f"aten::{name}"
+    for name in "_log_softmax _log_softmax_backward_data _softmax _softmax_backward_data".split()
+)
+
+# The variant in place that runs the same kernel, where that of the same name does not: `mul_` with
+# a scalar swaps the operands, and then a scalar is rounded to half precision.
+_IN_PLACE = {aten.mul.Scalar: aten.mul_.Tensor}
 
 # What JAX calls dots, plus what is built from them: the operations whose cost grows faster than
 # their output, so that saving them is usually the best use of memory.
@@ -168,7 +202,8 @@ def node_is_random(node: Node) -> bool:
 def node_device(node: Node) -> torch.device:
     """The device that a graph node computes on."""
     val = node.meta["val"]
-    return (val if isinstance(val, torch.Tensor) else val[0]).device
+    results = (val,) if isinstance(val, torch.Tensor) else val
+    return next(result.device for result in results if result is not None)
 
 
 def _argument(
@@ -250,6 +285,74 @@ def is_spread(target: Any, args: Sequence[Any]) -> bool:
 def spread(mask: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     """`gradient` where the mask is true, zero elsewhere."""
     return gradient.new_zeros(mask.shape).masked_fill(mask, gradient)
+
+
+@functools.cache
+def writing_into(target: Any, position: int, device: str = "cpu") -> tuple[OpOverload, str] | None:
+    """The variant of an element-wise operation that writes its result into one of its arguments.
+
+    Only those that run the same kernel: variants which torch generates compute elsewhere and copy.
+
+    Args:
+        target: The operation.
+        position: Of the argument.
+        device: Type of the device.
+
+    Returns:
+        The variant, and the keyword for the memory to write to: none if that is implied. None if
+        there is no such variant.
+    """
+    if not isinstance(target, OpOverload) or not _is_elementwise(target, device):
+        return None
+    packet, name = target.overloadpacket, target._overloadname
+    in_place = getattr(aten, packet.__name__ + "_", None)
+    if position == 0 and target in _IN_PLACE:
+        return _IN_PLACE[target], ""
+    if position == 0 and name in getattr(in_place, "overloads", list)():
+        return getattr(in_place, name), ""
+    for each in packet.overloads():
+        variant = getattr(packet, each)
+        if _is_written(variant) and _declared(variant)[:-1] == _declared(target):
+            return variant, variant._schema.arguments[-1].name
+    return None
+
+
+def _declared(target: OpOverload) -> list[tuple[str, str]]:
+    return [(a.name, str(a.type)) for a in target._schema.arguments]
+
+
+def _is_elementwise(target: OpOverload, device: str) -> bool:
+    random, name = torch.Tag.nondeterministic_seeded in target.tags, target._schema.name
+    known = torch.Tag.pointwise in target.tags or name in _UNTAGGED_ELEMENTWISE
+    known |= device == "cpu" and name in _WRITING_BEHIND_ON_CPU
+    return known and not random and not target._schema.is_mutable
+
+
+def _is_written(variant: OpOverload) -> bool:
+    """Whether a variant computes right into its last argument."""
+    info = variant._schema.arguments[-1].alias_info if variant._schema.arguments else None
+    written = info is not None and info.is_write
+    return written and torch.Tag.generated not in variant.tags
+
+
+def read_for_shape(node: Node) -> tuple[int, ...]:
+    """The positions of the operands that a backward operation reads for their shape alone."""
+    name = schema_name(node.target)
+    if name == "aten::convolution_backward":
+        mask: Any = node.args[-1]
+        return (1,) if mask[0] and not mask[1] else ()
+    position = _READ_FOR_SHAPE.get(name)
+    if position is None and node_device(node).type == "cpu":
+        position = _READ_FOR_SHAPE_ON_CPU.get(name)
+    return () if position is None else (position,)
+
+
+def can_be_imitated(val: torch.Tensor) -> bool:
+    """Whether kernels take one element, expanded, for what a tensor looks like.
+
+    Then they see neither layout as the one to keep, and take that for contiguous memory.
+    """
+    return val.is_contiguous() and val.numel() > 1
 
 
 def is_blank(node: Node) -> bool:

@@ -7,7 +7,8 @@ given out whose replay needs more than the budget.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -17,11 +18,13 @@ from fxckpt import ops, policies
 from fxckpt.cost import Costs, profiled
 from fxckpt.errors import BudgetError, PolicyError
 from fxckpt.joint import Joint
+from fxckpt.lean import lean
 from fxckpt.memory import Memory
 from fxckpt.places import ROOT
 from fxckpt.plans import Holding, Plan, Step, fingerprint
 from fxckpt.quantities import parse_bytes, readable
 from fxckpt.rates import DEVICES, Device, measured
+from fxckpt.schedule import Choice
 from fxckpt.search import Found, Search
 
 AnyDevice = Device | torch.device | str | None
@@ -41,8 +44,10 @@ class Planner:
             steps, so that equal graphs get equal plans.
 
     Attributes:
-        memory: Of the graph.
+        joint: The graph that plans are made for, see `lean`.
+        memory: Of that graph.
         seconds: What each forward operation takes.
+        eager_peak: Bytes that live at most in the step of the model as it is.
     """
 
     def __init__(
@@ -54,8 +59,12 @@ class Planner:
         seconds: float = 10.0,
     ) -> None:
         costs = _costs(joint, device, profile)
-        self.memory = Memory(joint)
-        self._joint, self._device = joint, costs.device.name
+        here = costs.device.name == str(_device_of(joint))
+        self._given, self._costs = joint, costs
+        self._eager = Memory(joint, workspaces=here, eager=True)
+        self.eager_peak = self._eager.replay(self._eager.values).peak
+        self.joint = joint = lean(joint)
+        self.memory = Memory(joint, workspaces=here)
         self.seconds = {n: costs.seconds(n) for n in joint.forward_nodes()}
         backward = sum(map(costs.seconds, joint.backward_nodes()))
         self._step_seconds = sum(self.seconds.values()) + backward
@@ -69,10 +78,17 @@ class Planner:
             except PolicyError:
                 continue  # it has no layers of this kind
 
-    @property
-    def eager_peak(self) -> int:
-        """Bytes that live at most if all is saved."""
-        return self._everything.peak
+    def strategy(self, decide: Callable[[Joint], Collection[Node]]) -> tuple[int, float]:
+        """What a strategy comes to by itself, with none of what plans do besides.
+
+        Args:
+            decide: From the graph as it was given to what is saved.
+
+        Returns:
+            Bytes at the peak, and seconds of what runs again.
+        """
+        replay = self._eager.replay(decide(self._given))
+        return replay.peak, math.fsum(self._costs.seconds(n) for n in replay.again)
 
     def plan(self, budget: int) -> Plan:
         """The fastest plan within a budget of bytes that is found.
@@ -80,20 +96,16 @@ class Planner:
         Raises:
             BudgetError: if none is found.
         """
-        if budget < self._everything.peak:
+        if self.memory.fixed.peak <= budget < self._everything.peak:
             self._search.look(budget)
         found = self._search.best(budget)
-        if found is None:
-            self._search.look_for_least(self._floor())
-            found = self._search.best(budget)
         if found is None:
             raise self._error(budget)
         return self._plan(budget, found)
 
     def least(self) -> Plan:
         """The plan that needs least of those that are found."""
-        self._search.look_for_least(self._floor())
-        found = self._search.least()
+        found = self._search.least
         return self._plan(found.peak, found)
 
     def frontier(self, points: int = 12) -> list[Plan]:
@@ -104,16 +116,12 @@ class Planner:
             self._search.look(budget)
         return [self._plan(b, f) for b in budgets if (f := self._search.best(b)) is not None]
 
-    def _floor(self) -> float:
-        """No decision needs less than what lives in any case."""
-        return float(self.memory.fixed.peak)
-
     def _plan(self, budget: int, found: Found) -> Plan:
-        saved = self._search.nodes(found.decision)
-        replay = self.memory.replay(saved)
+        choice = self._search.choice(found.decision)
+        replay = self.memory.replay(choice)
         # A plan is at most as good as the bound; where it is better by rounding, it is the bound.
         bound = min(self._search.bound(budget) or 0.0, found.seconds)
-        forward = [*self._joint.forward_nodes()]
+        forward = [*self.joint.forward_nodes()]
         return Plan(
             budget,
             found.peak,
@@ -121,17 +129,18 @@ class Planner:
             found.seconds,
             self._step_seconds,
             bound,
-            self._device,
-            fingerprint(self._joint),
-            tuple(n.name for n in forward if n in saved),
-            tuple(n.name for n in forward if n in replay.recomputed),
+            self._costs.device.name,
+            fingerprint(self._given),
+            _names(forward, choice.saved),
+            _names(forward, choice.transient),
+            _names(forward, replay.recomputed),
             tuple(Step(m.node.name, _path(m.node), m.phase, m.live) for m in replay.moments),
             tuple(Holding(n.name, _path(n), size) for n, size in replay.at_peak()),
         )
 
     def _error(self, budget: int) -> BudgetError:
-        least = self._search.least()
-        largest = self.memory.replay(self._search.nodes(least.decision)).at_peak()[:5]
+        least = self._search.least
+        largest = self.memory.replay(self._search.choice(least.decision)).at_peak()[:5]
         values = ", ".join(
             f"{node.name} ({_path(node) or 'the root'}, {readable(size)})" for node, size in largest
         )
@@ -161,12 +170,12 @@ class WithinBudget:
     def __init__(self, budget: Any, seconds: float, *, profile: bool = False) -> None:
         self._bytes_of, self._seconds, self._profile = parse_budget(budget), seconds, profile
 
-    def __call__(self, joint: Joint) -> set[Node]:
+    def __call__(self, joint: Joint) -> Choice:
         """The values to save."""
         if joint.position != ROOT:
-            return set()
+            return Choice(frozenset())
         planner = Planner(joint, profile=self._profile, seconds=self._seconds)
-        return planner.plan(self._bytes_of(planner.eager_peak)).nodes(joint)
+        return planner.plan(self._bytes_of(planner.eager_peak)).choice(planner.joint)
 
 
 class AsPlanned:
@@ -184,11 +193,11 @@ class AsPlanned:
     def __init__(self, plan: Plan, others: WithinBudget) -> None:
         self._plan, self._others, self._fits = plan, others, False
 
-    def __call__(self, joint: Joint) -> set[Node]:
+    def __call__(self, joint: Joint) -> Choice:
         """The values to save."""
         if self._plan.is_for(joint):
             self._fits = True
-            return self._plan.nodes(joint)
+            return self._plan.choice(lean(joint))
         if not self._fits:
             raise PolicyError(
                 "rewrite(..., plan=...): the plan was made for another graph: for another model, "
@@ -235,8 +244,7 @@ def _costs(joint: Joint, device: AnyDevice, profile: bool) -> Costs:
         BudgetError: if the device is not known, or not here although it has to be.
     """
     if device is None:
-        nodes = [n for n in joint.forward_nodes() if ops.node_device(n).type != "meta"]
-        device = ops.node_device(nodes[-1])
+        device = _device_of(joint)
     if isinstance(device, str):
         device = DEVICES.get(device) or _parsed(device)
     if isinstance(device, Device):
@@ -260,3 +268,12 @@ def _parsed(name: str) -> torch.device:
     except RuntimeError:
         names = ", ".join(DEVICES)
         raise BudgetError(f"device={name!r} is not known: the names are {names}") from None
+
+
+def _device_of(joint: Joint) -> torch.device:
+    nodes = [n for n in joint.forward_nodes() if ops.node_device(n).type != "meta"]
+    return ops.node_device(nodes[-1])
+
+
+def _names(nodes: Collection[Node], some: Collection[Node]) -> tuple[str, ...]:
+    return tuple(n.name for n in nodes if n in some)

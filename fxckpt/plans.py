@@ -22,6 +22,7 @@ from torch.fx.node import map_aggregate
 from fxckpt import ops
 from fxckpt.errors import PolicyError
 from fxckpt.joint import Joint
+from fxckpt.schedule import Choice
 
 SCHEMA = 1
 
@@ -64,6 +65,7 @@ class Plan:
         device: The name of the device whose speed is assumed.
         graph: The fingerprint of the graph that the plan is for.
         saved: The values that are saved, in forward order.
+        transient: Those that are let go in between, see `schedule`.
         recomputed: The operations that run again, likewise.
         steps: What lives at every operation, in the order in which they run.
         at_peak: What lives at the peak, the largest first.
@@ -78,6 +80,7 @@ class Plan:
     device: str
     graph: str = dataclasses.field(repr=False)
     saved: tuple[str, ...] = dataclasses.field(repr=False)
+    transient: tuple[str, ...] = dataclasses.field(repr=False)
     recomputed: tuple[str, ...] = dataclasses.field(repr=False)
     steps: tuple[Step, ...] = dataclasses.field(repr=False)
     at_peak: tuple[Holding, ...] = dataclasses.field(repr=False)
@@ -132,6 +135,7 @@ class Plan:
                 **{
                     **content,
                     "saved": tuple(content["saved"]),
+                    "transient": tuple(content["transient"]),
                     "recomputed": tuple(content["recomputed"]),
                     "steps": tuple(Step(*each) for each in content["steps"]),
                     "at_peak": tuple(Holding(*each) for each in content["at_peak"]),
@@ -147,10 +151,13 @@ class Plan:
         """Whether the plan was made for this graph."""
         return self.graph == fingerprint(joint)
 
-    def nodes(self, joint: Joint) -> set[Node]:
-        """The values to save of the graph that the plan is for."""
-        names = {*self.saved}
-        return {n for n in joint.forward_nodes() if n.name in names}
+    def choice(self, joint: Joint) -> Choice:
+        """The decision on the graph that the plan is for, as `lean` makes it."""
+        nodes = {n.name: n for n in joint.forward_nodes()}
+        saved, transient = (
+            frozenset(map(nodes.__getitem__, n)) for n in (self.saved, self.transient)
+        )
+        return Choice(saved, transient, joint)
 
 
 def fingerprint(joint: Joint) -> str:

@@ -28,7 +28,7 @@ import contextlib
 import dataclasses
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -40,13 +40,13 @@ from fxckpt.first_run import Misfit
 from fxckpt.joint import Joint
 from fxckpt.locks import LOCK
 from fxckpt.modes import AutocastState, autocast_as, autocast_state
-from fxckpt.schedule import read_before_written
+from fxckpt.schedule import Choice, read_before_written
 from fxckpt.split import Split, backward_from, kept_bytes, split
 from fxckpt.state import substituted
 from fxckpt.tape import BackwardKey, Result, Tape
 from fxckpt.transforms import Pure, Transformed, pure
 
-Decide = Callable[[Joint], set[torch.fx.Node]]
+Decide = Callable[[Joint], Collection[torch.fx.Node]]
 
 
 @dataclasses.dataclass(slots=True)
@@ -140,9 +140,9 @@ class Captured:
     @functools.cached_property
     def saves_memory(self) -> bool:
         """Whether less is kept for backward than if all were saved."""
-        joint = self.program.joint
+        joint, choice = self._chosen(self._expected)
         everything = {value.node for value in joint.values()}
-        return kept_bytes(joint, self._decide(joint)) < kept_bytes(joint, everything)
+        return kept_bytes(joint, choice) < kept_bytes(joint, everything)
 
     @property
     def program(self) -> Program:
@@ -209,10 +209,12 @@ class Captured:
         """
         if self.tape.assigned:
             raise CaptureError("forward assigns to a module under a torch.func transform")
-        joint = self.program.joint
+        joint = self.tape.joint(self._expected)
+        names = {node.name for node in self._decide(joint)}
+        saved = {node for node in joint.forward_nodes() if node.name in names}
         moving = {p.name for p in self.tape.primals if p.requires_grad}
         cotangents = [c is not None for c in self._expected.cotangents]
-        return pure(joint, self._decide(joint), moving, cotangents)
+        return pure(joint, saved, moving, cotangents)
 
     def run_transformed(self, inputs: Sequence[torch.Tensor]) -> Any:
         """Like a call, under transforms of `torch.func`.
@@ -366,9 +368,15 @@ class Captured:
 
     # -- compiling
 
-    def _compile(self, key: BackwardKey) -> Program:
+    def _chosen(self, key: BackwardKey) -> tuple[Joint, Choice]:
+        """What is decided, and the graph that it is decided for."""
         joint = self.tape.joint(key)
-        halves = split(joint, self._decide(joint))
+        choice = Choice.of(self._decide(joint))
+        return choice.joint or joint, choice
+
+    def _compile(self, key: BackwardKey) -> Program:
+        joint, choice = self._chosen(key)
+        halves = split(joint, choice)
         positions = {name: i for i, name in enumerate(halves.primals)}
         return Program(
             joint,

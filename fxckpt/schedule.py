@@ -16,6 +16,13 @@ whatever it reads and does not have yet:
 A recomputed value stays for later readers and dies after the last. What nobody reads is never
 recomputed: the last product of a block, for example, is no input of its own backward.
 
+NOTE [Values that are let go]
+
+A value is often recomputed long before backward reads it, because another one is recomputed from
+it. A decision may let such values go (`Choice.transient`): they stay from the first operation of
+backward that reads them to the last, and whenever they are needed besides, they are recomputed for
+that and dropped. So some operations run again more than once, and less memory waits.
+
 Three kinds of values need care when they are recomputed:
 
     random values       forward reads the generator's state right before the operation and hands it
@@ -32,7 +39,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -40,7 +47,15 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from fxckpt import ops
-from fxckpt.joint import Joint, in_order, is_value, reachable, storage_bytes
+from fxckpt.joint import (
+    Joint,
+    in_order,
+    is_value,
+    owner_of,
+    producer,
+    reachable,
+    storage_bytes,
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -65,6 +80,38 @@ Step = Node | State | Before
 Residual = Step
 
 
+@dataclasses.dataclass(frozen=True)
+class Choice(Collection[Node]):
+    """A decision: the values that backward may keep, and those that do not wait for it.
+
+    As a collection, it is that of the values to keep; where these are all there is to say, any
+    other collection will do.
+
+    Attributes:
+        saved: The values to keep.
+        transient: See the note on values that are let go.
+        joint: The graph that these are values of, if it is another one than was asked about.
+    """
+
+    saved: frozenset[Node]
+    transient: frozenset[Node] = frozenset()
+    joint: Joint | None = dataclasses.field(default=None, compare=False, repr=False)
+
+    @staticmethod
+    def of(saved: Collection[Node]) -> Choice:
+        """A choice that keeps these values."""
+        return saved if isinstance(saved, Choice) else Choice(frozenset(saved))
+
+    def __contains__(self, node: object) -> bool:
+        return node in self.saved
+
+    def __iter__(self) -> Iterator[Node]:
+        return iter(self.saved)
+
+    def __len__(self) -> int:
+        return len(self.saved)
+
+
 @dataclasses.dataclass(slots=True)
 class Schedule:
     """What runs, for one decision.
@@ -72,10 +119,10 @@ class Schedule:
     Attributes:
         forward: The steps of forward.
         backward: The steps of backward. Forward operations among them are recomputed, or views that
-            are taken again; no operation occurs twice.
+            are taken again; an operation that occurs twice makes a new value each time.
         residuals: What forward hands to backward, in the order in which backward asks for it.
         primals: The primals that backward reads unchanged.
-        recomputed: The forward operations that run again, views left out.
+        recomputed: The forward operations that run again, views left out, in order.
         states: The state that each recomputed random operation runs under; where several have the
             same, each goes on from what the one before it left.
     """
@@ -84,7 +131,7 @@ class Schedule:
     backward: list[Node | State]
     residuals: list[Residual]
     primals: set[Node]
-    recomputed: set[Node]
+    recomputed: list[Node]
     states: dict[Node, State]
 
 
@@ -107,10 +154,17 @@ class Scheduler:
         needed = reachable([*self.wanted, *_effects(backward)], stop=_is_of_forward)
         self.backward = [n for n in backward if n in needed]
         self.random = _random_order(forward)
+        self.owner = {n: owner_of(n) for n in (*forward, *backward)}
+        self.stays = self._direct_readers()
 
     def schedule(self, saved: Collection[Node]) -> Schedule:
-        """The schedule that keeps `saved` (see `split.split`)."""
-        made = _Backward(self, frozenset(saved))
+        """The schedule that keeps `saved` (see `split.split`), which may be a `Choice`.
+
+        What is drawn at random is never let go: its state would have to be kept for each time.
+        """
+        choice = Choice.of(saved)
+        transient = {n for n in choice.transient if producer(n) not in self.random}
+        made = _Backward(self, choice.saved, transient)
         backward = made.steps()
         return Schedule(
             self._forward_steps(made.residuals),
@@ -123,7 +177,7 @@ class Scheduler:
 
     def bare(self) -> Schedule:
         """What runs whatever is saved: forward as if there were no backward, and backward alone."""
-        return Schedule(self._forward_steps([]), [*self.backward], [], set(), set(), {})
+        return Schedule(self._forward_steps([]), [*self.backward], [], set(), [], {})
 
     def _forward_steps(self, residuals: list[Residual]) -> list[Step]:
         values = [r for r in residuals if isinstance(r, Node)]
@@ -137,6 +191,16 @@ class Scheduler:
                 steps.append(node)
         return steps
 
+    def _direct_readers(self) -> dict[Node, tuple[int, int]]:
+        """For each value, the positions in `backward` at which it is read first and last."""
+        stays: dict[Node, tuple[int, int]] = {}
+        for i, node in enumerate(self.backward):
+            for read in self.reads[node]:
+                owner = self.owner.get(read, read)
+                first, _ = stays.get(owner, (i, i))
+                stays[owner] = first, i
+        return stays
+
     def has_choice(self, node: Node) -> bool:
         """Whether a forward value can be saved as well as recomputed."""
         return is_value(node) and node not in self._argument and node not in self._blank
@@ -149,24 +213,39 @@ class Scheduler:
 class _Backward:
     """The steps of backward for one decision, and what they need of forward."""
 
-    def __init__(self, scheduler: Scheduler, saved: frozenset[Node]) -> None:
+    def __init__(
+        self, scheduler: Scheduler, saved: Collection[Node], transient: Collection[Node]
+    ) -> None:
         self.primals: set[Node] = set()
         self.residuals: list[Residual] = []
-        self.recomputed: set[Node] = set()
+        self.recomputed: list[Node] = []
         self.states: dict[Node, State] = {}
-        self._saved = saved
+        self._saved, self._transient = saved, transient
         self._scheduler = scheduler
         self._available = set(scheduler.joint.cotangents)
+        self._passing: set[Node] = set()  # the transient ones among these
         self._steps: list[Node | State] = []
 
     def steps(self) -> list[Node | State]:
         scheduler, available = self._scheduler, self._available
-        for node in scheduler.backward:
+        for i, node in enumerate(scheduler.backward):
             self._make_available(scheduler.reads[node])
             available.add(node)
             self._steps.append(node)
+            if self._passing and scheduler.owner[node] is node:
+                self._let_go(i)
         self._make_available(scheduler.wanted)
         return self._steps
+
+    def _let_go(self, position: int) -> None:
+        """Forgets what is transient and not between its readers, views of it included."""
+        owner, stays = self._scheduler.owner, self._scheduler.stays
+        never = (position + 1, position)
+        for node in [*self._passing]:
+            first, last = stays.get(owner[node], never)
+            if not first <= position < last:
+                self._passing.remove(node)
+                self._available -= {node, producer(node)}
 
     def _make_available(self, nodes: Iterable[Node]) -> None:
         """Adds what is missing of `nodes`, and what that needs, in forward order."""
@@ -191,6 +270,8 @@ class _Backward:
                 self._take(node)
             else:
                 self._recompute(node, left)
+                if scheduler.owner[node] in self._transient:
+                    self._passing.add(node)
         available |= missing
 
     def _take(self, node: Node) -> None:
@@ -208,7 +289,7 @@ class _Backward:
         has to hand one over.
         """
         if node.meta.get("alias") is None:
-            self.recomputed.add(node)
+            self.recomputed.append(node)
         if (drawn := self._scheduler.random.get(node)) is not None:
             device, index = drawn
             previous = left.get(device)

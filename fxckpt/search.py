@@ -20,21 +20,31 @@ The search is limited by a number of replays and not by a clock, so that it is d
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.fx import Node
 
 from fxckpt.joint import producer
-from fxckpt.memory import Memory, Replay
-from fxckpt.solve import Problem, Program
+from fxckpt.memory import Memory
+from fxckpt.replay import Replay
+from fxckpt.schedule import Choice
+from fxckpt.solve import Lives, Problem, Program, Solution
 
-Decision = NDArray[np.bool_]  # for each value: whether it is saved
+# For each value whether it is saved; and then, for each, whether it is let go (see `schedule`).
+Decision = NDArray[np.bool_]
 
 _ROUNDINGS = (0.999, 0.5, 0.001)  # what counts as saved
-_AIMS, _AT_ONCE = 8, 6  # how often to aim lower; how many values to try when one is given up
+_RECENT = 32  # replays that are kept
+_LESSONS, _AIMS = 3, 8  # how often to learn, and to aim lower
+_SHARES = (1.0, 0.85, 0.7)  # of the budget, that are aimed for from below
+_POOR, _GOOD = 1.3, 1.02  # times the seconds of the program: when to look from below, to exchange
+_AT_ONCE = 6  # values to try to give up
+_HALVINGS, _STARTS, _DESCENT = 8, 4, 0.95  # how to find what needs least
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -44,6 +54,7 @@ class Found:
     decision: Decision
     peak: int
     seconds: float  # of what runs again
+    live: NDArray[np.int64]  # bytes at every moment
 
 
 class Search:
@@ -59,15 +70,18 @@ class Search:
         self.memory, self._seconds, self._replays = memory, seconds, replays
         self._problem = problem_of(memory, seconds)
         self._index = {node: i for i, node in enumerate(memory.values)}
-        self._bounds, self._plans = Program(self._problem), Program(self._problem, patient=True)
+        self._bounds = Program(self._problem)
+        self._plans = Program(self._problem.in_two_moments(memory.fixed_before), patient=True)
         self._pool: dict[bytes, Found] = {}
+        self._given: list[Found] = []  # what was to be considered
+        self._recent: dict[bytes, Replay] = {}
         self._left = 0
 
     # -- what is known
 
     def bound(self, budget: float) -> float | None:
         """Seconds that every decision within a budget takes at least; None if none fits."""
-        solution = self._bounds.solve(budget)
+        solution = self._bounds.solve(budget, whole=True)
         return None if solution is None else solution.seconds
 
     def best(self, budget: float) -> Found | None:
@@ -75,32 +89,74 @@ class Search:
         fitting = (f for f in self._pool.values() if f.peak <= budget)
         return min(fitting, key=lambda f: (f.seconds, f.peak), default=None)
 
-    def least(self) -> Found:
-        """The one that is known to need least."""
-        return min(self._pool.values(), key=lambda f: (f.peak, f.seconds))
-
     def consider(self, saved: Iterable[Node]) -> Found:
         """Adds a decision to those that are known."""
-        decision = np.zeros(len(self._index), dtype=bool)
+        decision = np.zeros(2 * len(self._index), dtype=bool)
         decision[[self._index[n] for n in saved if n in self._index]] = True
-        return self._try(decision)
+        self._given.append(self._try(decision))
+        return self._given[-1]
 
-    def nodes(self, decision: Decision) -> set[Node]:
-        """The values that a decision saves."""
-        return {n for n, i in self._index.items() if decision[i]}
+    def choice(self, decision: Decision) -> Choice:
+        """The values that a decision saves, and those that it lets go."""
+        values, count = self.memory.values, len(self._index)
+        saved = frozenset(values[i] for i in np.flatnonzero(decision[:count]))
+        return Choice(saved, frozenset(values[i] for i in np.flatnonzero(decision[count:])))
 
     # -- looking for more
 
     def look(self, budget: float) -> None:
         """Looks for decisions within a budget."""
         self._left = self._replays
+        self._look_by_learning(budget)
+        self._look_by_aiming(budget)
+        if (known := self.best(budget)) is not None:
+            self._fill(known, budget)
+        if self._is_poor(budget, _POOR):
+            self._look_from_below(budget)
+        if self._is_poor(budget, _GOOD):
+            self._exchange(budget)
+
+    def _is_poor(self, budget: float, factor: float) -> bool:
+        """Whether the best that is known takes much longer than the program for plans says."""
+        solution, known = self._plans.solve(budget), self.best(budget)
+        return known is None or (solution is not None and known.seconds > factor * solution.seconds)
+
+    def _look_from_below(self, budget: float) -> None:
+        """Lets all go that is not saved, and then less."""
+        self._left = self._replays
+        for share in _SHARES:
+            if (solution := self._plans.solve(share * budget)) is None:
+                break
+            start = self._try(self._without_waiting(self._rounded(solution, 0.5)))
+            if (found := self._repair(start, budget)).peak <= budget:
+                self._fill(found, budget)
+        if self.best(budget) is None and self.least.peak <= budget:
+            self._left = self._replays
+            self._fill(self.least, budget)
+
+    def _look_by_learning(self, budget: float) -> None:
+        """Solutions without fractions, where values live as they did in the replay before."""
+        lives = self._plans.lives()
+        for _ in range(_LESSONS):
+            solution = self._plans.solve(budget, lives, whole=True)
+            if solution is None:
+                return
+            found = self._try(self._rounded(solution, 0.5))
+            if found.peak <= budget:
+                return
+            self._learn(found, lives)
+            if self._left > self._replays // 2:
+                self._repair(found, budget)
+
+    def _look_by_aiming(self, budget: float) -> None:
+        """Rounded solutions, for less and less where they need too much."""
         aim = budget
         for _ in range(_AIMS):
             solution = self._plans.solve(aim)
             if solution is None:
                 aim = (aim + budget) / 2
                 continue
-            tried = [self._try(solution.saved > limit) for limit in _ROUNDINGS]
+            tried = [self._try(self._rounded(solution, limit)) for limit in _ROUNDINGS]
             for found in tried:
                 if found.peak > budget and self._left > self._replays // 3:
                     self._repair(found, budget)
@@ -108,61 +164,138 @@ class Search:
             if over <= 0:
                 break
             aim -= max(0.35 * over, 0.002 * budget)
-        if (known := self.best(budget)) is not None:
-            self._fill(known, budget)
 
-    def look_for_least(self, floor: float) -> None:
-        """Looks for decisions that need as little as possible, down to a bound of that."""
-        step = 0.5
-        while step > 0.01 and (least := self.least().peak) > floor:
-            target = min(least - step * (least - floor), least - 1)
-            self.look(target)
-            if self.best(target) is None:
-                step /= 2
+    def _learn(self, found: Found, lives: Lives) -> None:
+        """Notes where values live that a decision saves, or computes again and keeps."""
+        count = len(self._index)
+        for node, first, last in self._replay(found.decision).lives():
+            if (v := self._index.get(node)) is None:
+                continue
+            if first < 0:
+                lives.until[v] = last
+            elif not found.decision[count + v]:
+                lives.begin[v], lives.end[v] = first, last
+
+    @functools.cached_property
+    def least(self) -> Found:
+        """The one that is found to need least, whatever else was looked for before."""
+        self._left = self._replays
+        plans = Program(self._plans.problem, patient=True)
+        starts = [*self._given]
+        low, high = float(self.memory.fixed.peak), float(starts[0].peak)
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            if (solution := plans.solve(middle)) is None:
+                low = middle
+            else:
+                high = middle
+                starts += [self._try(self._rounded(solution, limit)) for limit in _ROUNDINGS]
+        starts += [self._try(self._without_waiting(found.decision)) for found in starts]
+        starts.sort(key=lambda found: (found.peak, found.seconds))
+        lowest = [self._descend(found, low) for found in starts[:_STARTS]]
+        return min(lowest, key=lambda found: (found.peak, found.seconds))
+
+    def _without_waiting(self, decision: Decision) -> Decision:
+        """The same with all let go that is not saved."""
+        saved = decision[: len(self._index)]
+        return np.append(saved, ~saved)
+
+    def _descend(self, found: Found, low: float) -> Found:
+        """Repairs a decision for less and less."""
+        while self._left > 0 and found.peak > low:
+            better = self._repair(found, max(low, _DESCENT * found.peak))
+            if better.peak >= found.peak:
+                break
+            found = better
+        return found
 
     def _try(self, decision: Decision) -> Found:
         key = decision.tobytes()
+        self._left -= 1
         if key not in self._pool:
-            self._left -= 1
             replay = self._replay(decision)
-            seconds = math.fsum(self._seconds[n] for n in replay.recomputed)  # in any order
-            self._pool[key] = Found(decision, replay.peak, seconds)
+            seconds = math.fsum(self._seconds[n] for n in replay.again)  # in any order
+            self._pool[key] = Found(decision, replay.peak, seconds, replay.live)
         return self._pool[key]
 
     def _replay(self, decision: Decision) -> Replay:
-        return self.memory.replay(self.nodes(decision))
+        """The replay of a decision; the latest ones are kept."""
+        key = decision.tobytes()
+        if key not in self._recent:
+            if len(self._recent) >= _RECENT:
+                del self._recent[next(iter(self._recent))]
+            self._recent[key] = self.memory.replay(self.choice(decision))
+        return self._recent[key]
 
-    def _repair(self, found: Found, budget: float) -> None:
+    def _rounded(self, solution: Solution, limit: float) -> Decision:
+        saved = solution.saved > limit
+        return np.append(saved, (solution.let_go > 0.5) & ~saved)
+
+    def _repair(self, found: Found, budget: float) -> Found:
+        """Gives up one thing after another until a decision fits, or nothing helps."""
         while found.peak > budget and self._left > 0:
-            replay = self._replay(found.decision)
-            alive = (self._index.get(node) for node, _ in replay.at_peak())
-            saved = [v for v in alive if v is not None and found.decision[v]]
-            saved.sort(key=self._seconds_for_a_byte)
-            over = _excess(replay, budget)
+            over = _excess(found, budget)
             best, most = None, 0.0
-            for v in saved[:_AT_ONCE]:
-                other = self._try(_changed(found.decision, v, False))
-                gain = over - _excess(self._replay(other.decision), budget)
+            for decision in self._remedies(found.decision):
+                other = self._try(decision)
+                gain = over - _excess(other, budget)
                 gain /= max(other.seconds - found.seconds, 1e-9)
                 if gain > most:
                     best, most = other, gain
             if best is None:
-                return
+                break
             found = best
+        return found
+
+    def _remedies(self, decision: Decision) -> Iterator[Decision]:
+        """Decisions with one value less where most lives, or one that ends recomputation there."""
+        count, peak = len(self._index), self._replay(decision).at_peak()
+        alive = [v for n, _ in peak if (v := self._index.get(n)) is not None]
+        saved = [v for v in alive if decision[v]]
+        for v in sorted(saved, key=self._seconds_for_a_byte)[:_AT_ONCE]:
+            yield _changed(decision, v, False)
+        waiting = [v for v in alive if not decision[v] and not decision[count + v]]
+        for v in sorted(waiting, key=self._seconds_for_a_byte)[:_AT_ONCE]:
+            yield _changed(decision, count + v, True)
+        for v in [v for v in alive if not decision[v]][:_AT_ONCE]:
+            yield _changed(decision, v, True)
 
     def _fill(self, found: Found, budget: float) -> None:
+        """Saves more, or lets less go, as long as it fits."""
         improved = True
         while improved and self._left > 0:
             improved = False
-            again = self._replay(found.decision).recomputed
-            values = [v for n, v in self._index.items() if producer(n) in again]
-            unsaved = [v for v in values if not found.decision[v]]
-            for v in sorted(unsaved, key=self._seconds_for_a_byte, reverse=True):
+            for v, value in [*self._supplements(found.decision)]:
                 if self._left <= 0:
                     return
-                other = self._try(_changed(found.decision, v, True))
+                other = self._try(_changed(found.decision, v, value))
                 if other.peak <= budget and other.seconds < found.seconds:
                     found, improved = other, True
+
+    def _exchange(self, budget: float) -> None:
+        """Changes the best that is known for less recomputation, and repairs what that breaks."""
+        improved = True
+        while improved and self._left > 0 and (found := self.best(budget)) is not None:
+            improved = False
+            for v, value in [*self._supplements(found.decision)]:
+                if self._left <= 0:
+                    return
+                other = self._repair(self._try(_changed(found.decision, v, value)), budget)
+                if other.peak <= budget and other.seconds < found.seconds:
+                    self._fill(other, budget)
+                    improved = True
+                    break
+
+    def _supplements(self, decision: Decision) -> Iterator[tuple[int, bool]]:
+        """What could be changed for less recomputation; the most seconds for a byte first."""
+        count, runs = len(self._index), Counter(self._replay(decision).again)
+        again = [v for n, v in self._index.items() if not decision[v] and runs[producer(n)]]
+        twice = [v for v in again if runs[producer(self.memory.values[v])] > 1]
+        for v in sorted(twice, key=self._seconds_for_a_byte, reverse=True):
+            if decision[count + v]:
+                yield count + v, False
+        for v in sorted(again, key=self._seconds_for_a_byte, reverse=True):
+            yield v, True
 
     def _seconds_for_a_byte(self, v: int) -> float:
         problem = self._problem
@@ -186,12 +319,16 @@ def problem_of(memory: Memory, seconds: dict[Node, float]) -> Problem:
     for node, operands in memory.inputs_of.items():
         for u in operands if node in when else ():
             last[values[u]] = max(last[values[u]], when[node])
+    for node, operation in memory.replaced.items():
+        if node in values:
+            last[values[node]] = when[operation] - 1
     return Problem(
         np.array([memory.cost[v] for v in values], dtype=float),
         np.array([operations[producer(v)] for v in values], dtype=np.int64),
         np.array([seconds[o] for o in operations], dtype=float),
         [[values[u] for u in memory.inputs_of[o]] for o in operations],
         [[values[u] for u in memory.needed_by.get(m.node, ())] for m in backward],
+        [[values[u] for u in memory.replaceable.get(m.node, ())] for m in backward],
         last,
         np.array([m.live for m in forward], dtype=float),
         np.array([m.live for m in backward], dtype=float),
@@ -204,5 +341,5 @@ def _changed(decision: Decision, v: int, value: bool) -> Decision:
     return changed
 
 
-def _excess(replay: Replay, budget: float) -> float:
-    return sum(m.live - budget for m in replay.moments if m.live > budget)
+def _excess(found: Found, budget: float) -> float:
+    return float(np.maximum(found.live - budget, 0).sum())

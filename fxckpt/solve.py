@@ -15,10 +15,14 @@ before; in backward, what is saved up to the last time that backward reads it, a
 again from the first to the last time. No decision can do with less, so the optimum of the program,
 fractions allowed, is a bound for all of them.
 
-Decisions may need more. What is saved as an operand of something that runs again waits for that: a
-`patient` program counts it up to the time when backward reads the results, which is no bound, but
-nearly right for plans. The rest shows when a plan is replayed (see `search`); the program is then
-solved for a little less.
+Decisions may need more. What is saved as an operand of something that runs again waits for that,
+and what is computed again for something else waits for its own readers. A `patient` program counts
+that, which is no bound, but nearly right for plans: first by rule, and then as it shows when plans
+are replayed (see `search`), which is what `Lives` are for. It has one more variable for each value,
+
+    g(v) <= r(o)            v, result of o, does not wait: it is let go, and computed once more
+
+which costs seconds(o), and takes back what v holds while it waits, from the moment after the first.
 
 Rows of moments are added only when a solution would violate them (cutting planes): of thousands, a
 few dozen matter. Solved by HiGHS through `scipy.optimize`.
@@ -28,16 +32,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linprog
+from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 from scipy.sparse import csr_matrix, vstack
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 _MOST_CUTS = 24  # rows that one round of cutting planes adds
+_MOST_NODES, _ENOUGH = 1, 3e-3  # of branching: how often, and what counts as the optimum
 _TOLERANCE = 1e-6  # of the budget
 
 
@@ -51,6 +57,8 @@ class Problem:
         seconds: Of each operation, if it runs again.
         operands: The values that each operation reads.
         reads: The values that each moment of backward reads.
+        replaceable: Those of them that, computed again, make room for the result if they are read
+            for the last time.
         last: The last moment of forward at which each value lives in any case.
         forward: Bytes that live at each moment of forward, whatever is decided.
         backward: Likewise.
@@ -61,9 +69,27 @@ class Problem:
     seconds: Floats
     operands: Sequence[Sequence[int]]
     reads: Sequence[Sequence[int]]
+    replaceable: Sequence[Sequence[int]]
     last: Ints
     forward: Floats
     backward: Floats
+
+    def in_two_moments(self, before: Sequence[int]) -> Problem:
+        """The same with two moments for each of backward: before it, and at it.
+
+        Args:
+            before: Bytes that live before each moment of backward, whatever is decided.
+        """
+
+        def at_odd(values: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+            return [each for at in values for each in ((), at)]
+
+        return dataclasses.replace(
+            self,
+            reads=at_odd(self.reads),
+            replaceable=at_odd(self.replaceable),
+            backward=np.stack([np.array(before, dtype=float), self.backward], 1).ravel(),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,15 +98,32 @@ class Solution:
 
     Attributes:
         saved: s(v).
-        seconds: What it minimised: no decision within the budget can do with less.
+        let_go: g(v), of patient programs.
+        seconds: No decision within the budget can do with less, if no program is patient.
     """
 
     saved: Floats
+    let_go: Floats
     seconds: float
 
 
+@dataclasses.dataclass
+class Lives:
+    """Where each value lives in backward, as far as is known: moments, both ends included.
+
+    Attributes:
+        until: The last moment, if it is saved.
+        begin: The first moment, if it is computed again.
+        end: Likewise the last.
+    """
+
+    until: Ints
+    begin: Ints
+    end: Ints
+
+
 class Program:
-    """The program of one problem; cuts are kept for the next budget.
+    """The program of one problem; the moments that matter are kept for the next budget.
 
     Args:
         problem: The numbers.
@@ -88,43 +131,77 @@ class Program:
     """
 
     def __init__(self, problem: Problem, *, patient: bool = False) -> None:
-        self.problem = problem
+        self.problem, self._patient = problem, patient
         self._values, self._operations = len(problem.sizes), len(problem.seconds)
         self._first, self._last = self._needs()
-        self._until = self._last
+        self._again_until = self._replaced_at()
         # What is one of several results is taken to be there only if its operation runs again and
         # it is not saved itself: a variable of its own.
         results = np.bincount(problem.producer, minlength=self._operations)
         several = np.flatnonzero((results[problem.producer] > 1) & (self._last >= 0))
         self._again = self._values + problem.producer.copy()
         self._again[several] = self._values + self._operations + np.arange(len(several))
-        self._columns = self._values + self._operations + len(several)
+        self._let_go = self._values + self._operations + len(several)  # where g begins
+        self._columns = self._let_go + (self._values if patient else 0)
         self._several = several
-        if patient:
-            self._until = self._waited_for()
+        self._scale = max(float(problem.seconds.max(initial=0.0)), 1e-12)
         self._logic, self._logic_bounds = self._logic_rows()
         self._objective = self._costs()
-        self._cuts: dict[int, csr_matrix] = {}  # by moment, those of forward first
+        self._cuts: set[int] = set()  # moments, those of forward first
 
-    def solve(self, budget: float) -> Solution | None:
-        """The optimum for a budget in bytes; None if nothing fits."""
+    def lives(self) -> Lives:
+        """What is known before any decision is replayed."""
+        until = self._waited_for() if self._patient else self._last
+        return Lives(until.copy(), self._first.copy(), self._again_until.copy())
+
+    def solve(
+        self, budget: float, lives: Lives | None = None, *, whole: bool = False
+    ) -> Solution | None:
+        """The optimum for a budget in bytes; None if nothing fits.
+
+        Args:
+            budget: Bytes.
+            lives: Where values live; by default, as is known before any decision is replayed.
+            whole: Without fractions. After some branching, what is found is returned: it need not
+                be the optimum then, or is None although something fits.
+        """
         problem = self.problem
+        lives = lives or self.lives()
         fixed = np.concatenate([problem.forward, problem.backward])
         if fixed.max(initial=0.0) > budget:
             return None
-        while True:
-            chosen = sorted(self._cuts)
-            matrix = vstack([self._logic, *(self._cuts[t] / budget for t in chosen)], format="csr")
-            room = (budget - fixed[chosen]) / budget
-            bounds = np.concatenate([self._logic_bounds, room])
-            found = linprog(self._objective, matrix, bounds, bounds=(0, 1), method="highs")
-            if found.x is None:
-                return None
-            if not self._cut(self._live(found.x) - budget, budget):
-                break
-        s = found.x[: self._values]
+        for solver in (self._relaxed, self._branched) if whole else (self._relaxed,):
+            while True:
+                chosen = sorted(self._cuts)
+                rows = [self._row(t, lives) / budget for t in chosen]
+                matrix = vstack([self._logic, *rows], format="csr")
+                room = (budget - fixed[chosen]) / budget
+                found = solver(matrix, np.concatenate([self._logic_bounds, room]))
+                if found.x is None:
+                    return None
+                if not self._cut(self._live(found.x, lives) - budget, budget):
+                    break
+        return self._solution(found, whole)
+
+    def _relaxed(self, matrix: csr_matrix, bounds: Floats) -> Any:
+        return linprog(self._objective, matrix, bounds, bounds=(0, 1), method="highs")
+
+    def _branched(self, matrix: csr_matrix, bounds: Floats) -> Any:
+        return milp(
+            self._objective,
+            constraints=LinearConstraint(matrix, ub=bounds),
+            bounds=Bounds(0, 1),
+            integrality=np.ones(self._columns),
+            options={"node_limit": _MOST_NODES, "mip_rel_gap": _ENOUGH},
+        )
+
+    def _solution(self, found: Any, whole: bool) -> Solution:
         again = found.x[self._values : self._values + self._operations]
-        return Solution(s, float(problem.seconds @ again))
+        seconds = float(self.problem.seconds @ again)
+        if whole:
+            ties = float(self._objective[: self._values].sum())
+            seconds = min(seconds, max(found.mip_dual_bound - ties, 0.0) * self._scale)
+        return Solution(found.x[: self._values], found.x[self._let_go :], seconds)
 
     def _cut(self, over: Floats, budget: float) -> bool:
         """Adds rows for the moments that are over most; whether there are any."""
@@ -132,29 +209,36 @@ class Program:
         tops = np.flatnonzero((over > _TOLERANCE * budget) & (over >= left) & (over >= right))
         new = [int(t) for t in tops if int(t) not in self._cuts]
         new.sort(key=lambda t: -over[t])
-        for t in new[:_MOST_CUTS]:
-            self._cuts[t] = self._row(t)
+        self._cuts.update(new[:_MOST_CUTS])
         return bool(new)
 
-    def _live(self, x: Floats) -> Floats:
+    def _live(self, x: Floats, lives: Lives) -> Floats:
         """Bytes at each moment, those of forward first."""
         problem, sizes = self.problem, self.problem.sizes
         saved, again = sizes * x[: self._values], sizes * x[self._again]
         ahead, behind = len(problem.forward), len(problem.backward)
         forward = _sums(ahead, problem.last + 1, np.full(self._values, ahead), saved)
-        backward = _sums(behind, np.zeros(self._values, int), self._until + 1, saved)
-        backward += _sums(behind, self._first, self._last + 1, again)
+        backward = _sums(behind, np.zeros(self._values, int), lives.until + 1, saved)
+        backward += _sums(behind, lives.begin, lives.end + 1, again)
+        if self._patient:
+            gone = sizes * x[self._let_go :]
+            begin, read = lives.begin + 1, np.maximum(lives.begin + 1, self._first)
+            backward -= _sums(behind, begin, lives.end + 1, gone)
+            backward += _sums(behind, read, self._again_until + 1, gone)
         return np.concatenate([problem.forward + forward, problem.backward + backward])
 
-    def _row(self, moment: int) -> csr_matrix:
+    def _row(self, moment: int, lives: Lives) -> csr_matrix:
         problem, sizes = self.problem, self.problem.sizes
         row = np.zeros(self._columns)
         t = moment - len(problem.forward)
-        there = problem.last < moment if t < 0 else self._until >= t
+        there = problem.last < moment if t < 0 else lives.until >= t
         row[: self._values][there] = sizes[there]
         if t >= 0:
-            there = (self._first <= t) & (t <= self._last)
+            there = (lives.begin <= t) & (t <= lives.end)
             np.add.at(row, self._again[there], sizes[there])
+            if self._patient:
+                read = (self._first <= t) & (t <= self._again_until)
+                row[self._let_go :] = -sizes * (there & ~read & (lives.begin < t))
         return csr_matrix(row)
 
     def _needs(self) -> tuple[Ints, Ints]:
@@ -166,6 +250,15 @@ class Program:
                 first[v] = min(first[v], moment)
                 last[v] = moment
         return first, last
+
+    def _replaced_at(self) -> Ints:
+        """The last moment at which each value lives if it is computed again."""
+        until: Ints = self._last.copy()
+        for moment, values in enumerate(self.problem.replaceable):
+            for v in values:
+                if self._last[v] == moment:
+                    until[v] = moment - 1
+        return until
 
     def _waited_for(self) -> Ints:
         """When the last operation that reads each value would run again, if it is later."""
@@ -202,15 +295,22 @@ class Program:
         for v in self._several:
             o = int(problem.producer[v])
             yield [(n + o, 1.0), (int(v), -1.0), (int(self._again[v]), -1.0)], 0.0
+        for u in range(n if self._patient else 0):
+            yield [(self._let_go + u, 1.0), (int(self._again[u]), -1.0)], 0.0
 
     def _costs(self) -> Floats:
-        """Seconds; and so little for each byte saved that it decides only between equals."""
+        """Seconds; and so little for each byte saved that it decides only between equals.
+
+        The largest is 1: HiGHS has absolute tolerances, of more than what an operation takes.
+        """
         problem = self.problem
         costs = np.zeros(self._columns)
         costs[self._values : self._values + self._operations] = problem.seconds
         weight = 1e-6 * problem.seconds.sum() / max(problem.sizes.sum(), 1.0)
         costs[: self._values] = weight * problem.sizes
-        return costs
+        if self._patient:
+            costs[self._let_go :] = problem.seconds[problem.producer] + weight
+        return costs / self._scale
 
 
 def _sums(count: int, begin: Ints, end: Ints, amounts: Floats) -> Floats:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from fxckpt import ops
 from fxckpt.codegen import graph_module
 from fxckpt.errors import CaptureError
 from fxckpt.joint import Joint, storage_bytes
-from fxckpt.reinplace import Needless, Reinplacer, reinplace
+from fxckpt.reinplace import Needless, Reinplacer, Reuse, reinplace, write_into
 from fxckpt.schedule import Before, Residual, Schedule, Scheduler, State, Step, recomputation
 
 aten = torch.ops.aten
@@ -55,10 +55,10 @@ def split(joint: Joint, saved: Collection[Node]) -> Split:
     saved_primals = [name for name in primals if joint.primals[name] in schedule.primals]
     residuals = [_residual_name(r) for r in schedule.residuals]
     extra = [name for name in primals for _ in joint.grads.get(name, ())[1:]]
-    backward = _Backward(joint, schedule, [*saved_primals, *residuals])
+    backward = _Backward(joint, schedule, needless.backward, [*saved_primals, *residuals])
     return Split(
         _forward(joint, schedule, needless),
-        backward.module([*primals, *extra], needless.backward),
+        backward.module([*primals, *extra]),
         primals,
         extra,
         saved_primals,
@@ -104,8 +104,8 @@ def backward_from(joint: Joint, have: Split) -> tuple[GraphModule, list[int]]:
     extra = [name for name in primals if name not in have.saved_primals]
     arguments = [*have.saved_primals, *have.residuals, *extra]
     needless = Reinplacer(scheduler).needless(schedule)
-    backward = _Backward(joint, schedule, arguments)
-    module = backward.module([*have.primals, *have.extra], needless.backward)
+    backward = _Backward(joint, schedule, needless.backward, arguments)
+    module = backward.module([*have.primals, *have.extra])
     return module, [have.primals.index(name) for name in extra]
 
 
@@ -123,35 +123,38 @@ class _Backward:
     Args:
         joint: What is scheduled.
         schedule: What runs.
+        reuse: The steps of it that need no new memory.
         arguments: Names of primals and residuals in the order in which they are handed in, before
             the cotangents; the graph drops at once those that it does not read.
     """
 
-    def __init__(self, joint: Joint, schedule: Schedule, arguments: Sequence[str]) -> None:
+    def __init__(
+        self, joint: Joint, schedule: Schedule, reuse: Reuse, arguments: Sequence[str]
+    ) -> None:
         self._joint, self._schedule = joint, schedule
         self._graph = Graph()
-        self._copies: dict[Node, Node] = {}
+        self._copies: dict[Node, Node] = {}  # those made last
         self._states: dict[State, Node] = {}
         self._add_arguments(arguments)
-        for step in schedule.backward:
+        self._mutations: list[Node] = []  # that need no copy
+        for i, step in enumerate(schedule.backward):
             if isinstance(step, State):
                 self._copy_state(step)
             else:
                 self._run(step)
+                _use_again(i, step, self._copies, reuse, self._mutations)
 
-    def module(self, wanted: Sequence[str], needless: Collection[Node]) -> GraphModule:
+    def module(self, wanted: Sequence[str]) -> GraphModule:
         """The finished graph.
 
         Args:
             wanted: Names of the primals for which a gradient is returned; a name that occurs twice
                 gets two contributions.
-            needless: The mutations that need no copy.
         """
         delivered = {name: self._deliver(name, n) for name, n in Counter(wanted).items()}
         self._graph.output(tuple(delivered[name].pop(0) for name in wanted))
-        for node in self._schedule.backward:
-            if isinstance(node, Node) and node in needless:
-                reinplace(self._copies[node])
+        for node in self._mutations:
+            reinplace(node)
         return graph_module(self._graph, "Backward")
 
     def _deliver(self, name: str, places: int) -> list[Node | None]:
@@ -212,27 +215,41 @@ class _Backward:
 
 def _forward(joint: Joint, schedule: Schedule, needless: Needless) -> GraphModule:
     """Renders the forward half of a schedule."""
-    graph = Graph()
+    graph, recomputed = Graph(), {*schedule.recomputed}
     copies: dict[Step, Node] = {n: graph.node_copy(n) for n in joint.primals.values()}
-    for step in schedule.forward:
+    mutations: list[Node] = []
+    for i, step in enumerate(schedule.forward):
         if isinstance(step, Before):
             copies[step] = graph.call_function(ops.clone_exactly, (copies[step.node],))
         elif isinstance(step, State):
             copies[step] = graph.call_function(ops.read_rng_state, (ops.node_device(step.node),))
             copies[step].meta["region"] = _region("recomputed in backward:", step.node)
         else:
-            again = step in schedule.recomputed
+            again = step in recomputed
             copies[step] = copy = graph.node_copy(step, copies.__getitem__)
             copy.meta["region"] = _region("recomputed in backward:" if again else "", step)
             if (alias := step.meta.get("alias")) is not None:
                 copy.meta["alias"] = copies[alias]
+            _use_again(i, step, copies, needless.forward, mutations)
     for primal, contents in needless.unwritten.items():
         graph.call_function(aten.copy_.default, (copies[primal], copies[contents]))
     graph.output(tuple(copies[r] for r in (*joint.outputs, *schedule.residuals)))
-    for step in schedule.forward:
-        if step in needless.forward:
-            reinplace(copies[step])
+    for node in mutations:
+        reinplace(node)
     return graph_module(graph, "Forward")
+
+
+def _use_again(
+    position: int, step: Node, copies: Mapping[Any, Node], reuse: Reuse, mutations: list[Node]
+) -> None:
+    """Lets a step write its result into memory that is there; mutations have to wait their turn.
+
+    Those may take the place of nodes that are still to be copied.
+    """
+    if (operand := reuse.results.get(position)) is not None:
+        write_into(copies[step], copies[operand])
+    elif position in reuse.mutations:
+        mutations.append(copies[step])
 
 
 def _region(what: str, node: Node) -> str:

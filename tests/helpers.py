@@ -6,7 +6,8 @@ itself), strides, dtypes, and for results also `requires_grad` and whether they 
 
 import random
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,11 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
+from torch.fx import Node
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.utils import ModelOutput
 
 import fxckpt
+from fxckpt.captures import Options
+from fxckpt.installation import install, plain
 from fxckpt.joint import Joint
+from fxckpt.schedule import Choice
+from fxckpt.unit import Unit
 
 POLICIES = ("everything", "nothing", "dots", "attention", "mlp", "norm", "block", "sqrt")
 MODELS = ("gpt2", "bert", "llama", "t5", "mixtral", "vit", "resnet", "unet", "mlp")
@@ -247,6 +253,27 @@ def captures(model: nn.Module) -> list[Any]:
     return [captured for several in kept if isinstance(several, list) for captured in several]
 
 
+def decided(model: nn.Module, decide: Callable[[Joint], Collection[Node]]) -> nn.Module:
+    """A rewritten model with a decision that no policy makes."""
+    new = plain(model)
+    install(new, Unit(new, Options(decide, 32, strict=True)))
+    return new
+
+
+def random_choice(seed: int, share: int) -> Callable[[Joint], Choice]:
+    """Saves about `share` quarters of all values and lets half of the others go, as ever."""
+
+    def number(node: Node) -> int:
+        return zlib.crc32(f"{seed} {node.name}".encode())
+
+    def decide(joint: Joint) -> Choice:
+        values = [value.node for value in joint.values()]
+        saved = frozenset(n for n in values if number(n) % 4 < share)
+        return Choice(saved, frozenset(n for n in values if number(n) // 4 % 2))
+
+    return decide
+
+
 def joint_of(model: nn.Module) -> Joint:
     """The joint graph of the latest capture of a rewritten module."""
     return captures(model)[-1].program.joint
@@ -288,7 +315,8 @@ class Counter(TorchDispatchMode):
         return out
 
     def __getitem__(self, name: str) -> int:
-        return self.calls.count(name)
+        """How often an operation ran, be it in the place of an operand."""
+        return self.calls.count(name) + self.calls.count(name + "_")
 
     @property
     def counts(self) -> dict[str, int]:

@@ -4,10 +4,23 @@ import itertools
 
 import pytest
 import torch
-from helpers import MODELS, POLICIES, adamw, assert_same, build_step, captures, sgd, train
+from helpers import (
+    MODELS,
+    POLICIES,
+    adamw,
+    assert_same,
+    build_step,
+    captures,
+    decided,
+    joint_of,
+    random_choice,
+    sgd,
+    train,
+)
 
 import fxckpt
 from bench.models import build
+from fxckpt.memory import replay
 
 # Asking for layers of a kind that the model does not have is an error.
 WITHOUT = {("resnet", "attention"), ("resnet", "mlp"), ("unet", "attention"), ("unet", "mlp")}
@@ -45,6 +58,21 @@ def test_policy_is_exact(name: str, policy: str, eager: dict[str, list]) -> None
     assert_same(eager[name], train(model, build_step(case), optimizer=optimizer))
     # ViT's loss notes the kind of problem in its configuration at the first call.
     assert len(captures(model)) == (2 if name == "vit" else 1)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_any_choice_is_exact(name: str, eager: dict[str, list]) -> None:
+    """Operations run again up to several times, under the random state of the first time."""
+    optimizer = sgd if name in ("resnet", "unet") else adamw
+    if name not in eager:
+        case = case_of(name)
+        eager[name] = train(case.model, build_step(case), optimizer=optimizer)
+    case = case_of(name)
+    model = decided(case.model, random_choice(1, 1))
+    assert_same(eager[name], train(model, build_step(case), optimizer=optimizer))
+    joint = joint_of(model)
+    again = replay(joint, random_choice(1, 1)(joint)).again
+    assert len(again) > len(set(again))
 
 
 @pytest.mark.parametrize(("name", "policy"), sorted(WITHOUT))

@@ -15,10 +15,20 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import MODELS, Function, build_step, captures, joint_of, tensors_in, train
+from helpers import (
+    MODELS,
+    Function,
+    build_step,
+    captures,
+    decided,
+    joint_of,
+    random_choice,
+    tensors_in,
+    train,
+)
 from hypothesis import example, given
 from hypothesis import strategies as st
-from test_random_models import instructions, make_program, random_policy
+from test_random_models import instructions, make_program
 from test_random_models import run as run_program
 from torch import Tensor, nn
 from torch.autograd.profiler import profile
@@ -123,10 +133,10 @@ def watched() -> Iterator[Watch]:
         runtime.Program.run = original
 
 
-def assert_agrees(watch: Watch, model: nn.Module, policy: Any) -> None:
+def assert_agrees(watch: Watch, model: nn.Module, decide: Any) -> None:
     """The latest run of a model held what a replay says."""
     joint = joint_of(model)
-    replay = memory.replay(joint, resolve(policy)(joint))
+    replay = memory.replay(joint, decide(joint))
     found = {
         "forward": [m.live for m in replay.moments if m.phase == "forward"],
         "backward": [m.live for m in replay.moments if m.phase != "forward"],
@@ -154,17 +164,18 @@ def test_models(name: str, policy: str) -> None:
     model = fxckpt.rewrite(case.model, policy, strict=True)
     with watched() as watch:
         train(model, build_step(case), steps=2)
-        assert_agrees(watch, model, policy)
+        assert_agrees(watch, model, resolve(policy))
 
 
+@pytest.mark.parametrize("share", [0, 2])
 @pytest.mark.parametrize("name", MODELS)
-def test_random_decisions(name: str) -> None:
+def test_random_decisions(name: str, share: int) -> None:
     case = build(name, tiny=True)
-    policy = random_policy(3, 2)
-    model = fxckpt.rewrite(case.model, policy, strict=True)
+    decide = random_choice(3, share)
+    model = decided(case.model, decide)
     with watched() as watch:
         train(model, build_step(case), steps=2)
-        assert_agrees(watch, model, policy)
+        assert_agrees(watch, model, decide)
 
 
 @given(
@@ -175,17 +186,18 @@ def test_random_decisions(name: str) -> None:
 )
 @example(code=[("loss", 0, 0, 0)], kind="leaf", seed=0, share=0)  # larger than it looks
 @example(code=[("fill_new", 0, 1, 0), ("batch_norm", 2, 0, 2)], kind="plain", seed=0, share=0)
+@example(code=[("rrelu", 0, 0, 0), ("leaky_relu", 0, 0, 0)], kind="plain", seed=0, share=0)
 @example(code=[("conv", 0, 0, 1), ("dropout_in_place", 0, 0, 0)], kind="leaf", seed=0, share=0)
 def test_random_programs(code: list[Any], kind: str, seed: int, share: int) -> None:
-    policy = random_policy(seed, share)
-    model = fxckpt.rewrite(make_program(code, 4), policy, strict=True)
+    decide = random_choice(seed, share)
+    model = decided(make_program(code, 4), decide)
     with watched() as watch:
         try:
             run_program(model, kind, 3, 4)
         except (RuntimeError, fxckpt.CaptureError):
             return  # eager raises too: see `test_random_models`
     if watch.forward:  # else there was nothing to save, and the model ran as it is
-        assert_agrees(watch, model, policy)
+        assert_agrees(watch, model, decide)
 
 
 # --- against the allocator ------------------------------------------------------------------------

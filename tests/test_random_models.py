@@ -6,14 +6,13 @@ operation. So that programs shrink well, every instruction means something whate
 it.
 """
 
-import zlib
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_same, joint_of, total, train
+from helpers import assert_same, decided, joint_of, random_choice, total, train
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -568,16 +567,6 @@ instructions = st.lists(
 inputs = st.sampled_from(["plain", "leaf", "non-leaf", "transposed"])
 
 
-def random_policy(seed: int, share: int) -> Callable[[fxckpt.Value], Any]:
-    """Saves about `share` quarters of all values, the same ones whenever asked."""
-
-    def policy(value: fxckpt.Value) -> Any:
-        saved = zlib.crc32(f"{seed} {value.name}".encode()) % 4 < share
-        return fxckpt.SAVE if saved else fxckpt.RECOMPUTE
-
-    return policy
-
-
 def make_input(kind: str, rows: int, width: int) -> tuple[Tensor, Tensor]:
     """A leaf, and what the model gets."""
     leaf = torch.randn(rows, width)
@@ -617,12 +606,12 @@ def make_program(code: list[Instruction], width: int) -> Program:
 def test_random_model_is_exact(
     code: list[Instruction], rows: int, width: int, kind: str, seed: int, share: int
 ) -> None:
-    check(code, rows, width, kind, random_policy(seed, share))
+    check(code, rows, width, kind, random_choice(seed, share))
 
 
-def check(code: list[Instruction], rows: int, width: int, kind: str, policy: Any) -> None:
+def check(code: list[Instruction], rows: int, width: int, kind: str, decide: Any) -> None:
     """Eager and rewritten agree; if eager raises, then so does the rewritten one."""
-    model = fxckpt.rewrite(make_program(code, width), policy, strict=True)
+    model = decided(make_program(code, width), decide)
     try:
         eager = run(make_program(code, width), kind, rows, width)
     except RuntimeError:
@@ -638,7 +627,7 @@ def check(code: list[Instruction], rows: int, width: int, kind: str, policy: Any
 def test_single_operation_is_exact(name: str, share: int) -> None:
     """Each operation by itself, between operations that need what it reads and returns."""
     code = [("tanh", 0, 0, 0), (name, 0, 1, 1), ("mul", 0, 1, 0), (name, 1, 0, 0), ("sin", 0, 0, 0)]
-    check(code, 3, 4, "leaf", random_policy(1, share))
+    check(code, 3, 4, "leaf", random_choice(1, share))
 
 
 def test_nearly_all_programs_run_eagerly() -> None:

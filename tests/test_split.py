@@ -47,11 +47,16 @@ def literals(model: nn.Module) -> list[str]:
 
 
 def without_shapes(calls: list[str]) -> list[str]:
-    """Factories that take a tensor for its shape are replaced by others; they cost the same."""
+    """Factories that take a tensor for its shape are replaced by others; they cost the same.
+
+    So do element-wise operations that write into the place of an operand.
+    """
     blank = {"empty_like", "new_empty", "empty_strided", "empty"}
     filled = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "full"}
     filled |= {"zeros", "ones"}
-    return ["blank" if c in blank else "filled" if c in filled else c for c in calls]
+    return [
+        "blank" if c in blank else "filled" if c in filled else c.removesuffix("_") for c in calls
+    ]
 
 
 def changed_small_draws(model: nn.Module) -> list[str]:
@@ -405,9 +410,9 @@ def forward(self, args_list):
     bernoulli_ = aten_bernoulli__float(empty_strided);  empty_strided = None
     # recomputed in backward: layers.0.2
     div_ = fxckpt_ops_inplace(torch.ops.aten.div_.Scalar, ((0, None, True),), bernoulli_, 0.5)
-    mul = aten_mul_Tensor(tanh, div_);  tanh = div_ = None
+    mul = aten_mul__Tensor(tanh, div_);  tanh = div_ = None
     # recomputed in backward: (root)
-    add = aten_add_Tensor(args_0_, mul);  args_0_ = mul = None
+    add = aten_add_out(args_0_, mul, out = mul);  args_0_ = mul = None
     # layers.1.0
     t_1 = aten_t_default(layers_1_0_weight);  layers_1_0_weight = None
     addmm_1 = aten_addmm_default(layers_1_0_bias, add, t_1);  layers_1_0_bias = t_1 = None
@@ -419,9 +424,9 @@ def forward(self, args_list):
     # recomputed in backward: layers.1.2
     div__1 = fxckpt_ops_inplace(torch.ops.aten.div_.Scalar, ((0, None, True),), bernoulli__1, 0.5)
     # layers.1.2
-    mul_1 = aten_mul_Tensor(tanh_1, div__1);  tanh_1 = div__1 = None
+    mul_1 = aten_mul__Tensor(tanh_1, div__1);  tanh_1 = div__1 = None
     # (root)
-    add_1 = aten_add_Tensor(add, mul_1);  add = mul_1 = None
+    add_1 = aten_add__Tensor(add, mul_1);  add = mul_1 = None
     return (add_1, bernoulli__1, addmm_1, addmm, bernoulli_)""",  # noqa: E501
     )
 
@@ -444,11 +449,11 @@ def forward(self, args_list):
     # recompute layers.1.2
     div__1 = fxckpt_ops_inplace(torch.ops.aten.div_.Scalar, ((0, None, True),), bernoulli__1, 0.5);  bernoulli__1 = None
     # backward of layers.1.2
-    mul_2 = aten_mul_Tensor(cotangent_0, div__1);  div__1 = None
+    mul_2 = aten_mul_out(cotangent_0, div__1, out = div__1);  div__1 = None
     # recompute layers.1.1
     tanh_1 = aten_tanh_default(addmm_1);  addmm_1 = None
     # backward of layers.1.1
-    tanh_backward = aten_tanh_backward_default(mul_2, tanh_1);  mul_2 = tanh_1 = None
+    tanh_backward = aten_tanh_backward_grad_input(mul_2, tanh_1, grad_input = mul_2);  mul_2 = tanh_1 = None
     # recompute layers.1.0
     t_1 = aten_t_default(layers_1_0_weight);  layers_1_0_weight = None
     # backward of layers.1.0
@@ -461,18 +466,18 @@ def forward(self, args_list):
     div_ = fxckpt_ops_inplace(torch.ops.aten.div_.Scalar, ((0, None, True),), bernoulli_, 0.5);  bernoulli_ = None
     mul = aten_mul_Tensor(tanh, div_)
     # recompute (root)
-    add = aten_add_Tensor(args_0_, mul);  mul = None
+    add = aten_add_out(args_0_, mul, out = mul);  mul = None
     # backward of layers.1.0
     mm_1 = aten_mm_default(t_3, add);  t_3 = add = None
     t_4 = aten_t_default(mm_1);  mm_1 = None
     sum_1 = aten_sum_dim_IntList(tanh_backward, [0], True);  tanh_backward = None
     view = aten_view_default(sum_1, [2]);  sum_1 = None
-    add_2 = aten_add_Tensor(cotangent_0, mm);  cotangent_0 = mm = None
+    add_2 = aten_add_out(cotangent_0, mm, out = mm);  cotangent_0 = mm = None
     t_5 = aten_t_default(t_4);  t_4 = None
     # backward of layers.0.2
-    mul_3 = aten_mul_Tensor(add_2, div_);  add_2 = div_ = None
+    mul_3 = aten_mul__Tensor(add_2, div_);  add_2 = div_ = None
     # backward of layers.0.1
-    tanh_backward_1 = aten_tanh_backward_default(mul_3, tanh);  mul_3 = tanh = None
+    tanh_backward_1 = aten_tanh_backward_grad_input(mul_3, tanh, grad_input = mul_3);  mul_3 = tanh = None
     # backward of layers.0.0
     t_6 = aten_t_default(tanh_backward_1)
     mm_2 = aten_mm_default(t_6, args_0_);  t_6 = args_0_ = None

@@ -1,0 +1,128 @@
+"""What the replay of a decision tells: the bytes at every moment, and where values live."""
+
+from __future__ import annotations
+
+import functools
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.fx import Node
+
+from fxckpt.ledger import Ledger
+
+
+class Moment(NamedTuple):
+    """One operation that runs.
+
+    Attributes:
+        node: The operation in the joint graph; for a step that is not there (the copy of a
+            generator's state, or of a buffer), what it is for.
+        phase: "forward", "recompute" or "backward".
+        live: Bytes that exist while it runs: operands, results, and all that is kept.
+    """
+
+    node: Node
+    phase: str
+    live: int
+
+
+class Replay:
+    """What a decision does to memory.
+
+    Attributes:
+        saved: Bytes that forward hands to backward.
+        again: The forward operations that run again, in order; some may do so several times.
+        live: Bytes at each of `moments`.
+
+    Args:
+        saved: See above.
+        again: See above.
+        ledger: The books.
+        boundary: The time at which backward starts.
+    """
+
+    def __init__(self, saved: int, again: tuple[Node, ...], ledger: Ledger, boundary: int) -> None:
+        self.saved, self.again = saved, again
+        self._ledger, self._boundary = ledger, boundary
+        at_all = np.array(ledger.live(), dtype=np.int64)
+        times = [time for time, *_ in ledger.notable]
+        workspaces = [workspace for *_, workspace in ledger.notable]
+        self.live: NDArray[np.int64] = at_all[times] + np.array(workspaces, dtype=np.int64)
+
+    @functools.cached_property
+    def moments(self) -> tuple[Moment, ...]:
+        """The operations in the order in which they run, without views."""
+        return tuple(map(Moment, self._nodes(), self._phases(), self.live.tolist()))
+
+    @property
+    def recomputed(self) -> frozenset[Node]:
+        """The forward operations that run again."""
+        return frozenset(self.again)
+
+    @property
+    def peak(self) -> int:
+        """The most that lives at any moment."""
+        return int(self.live.max(initial=0))
+
+    @property
+    def forward_peak(self) -> int:
+        """The most that lives at any moment of forward."""
+        return max((m.live for m in self.moments if m.phase == "forward"), default=0)
+
+    @property
+    def backward_peak(self) -> int:
+        """The most that lives at any moment of backward, recomputation included."""
+        return max((m.live for m in self.moments if m.phase != "forward"), default=0)
+
+    def lives(self) -> Iterator[tuple[Node, int, int]]:
+        """Where values that are kept or computed again live in backward.
+
+        Each operation of backward is two moments: 2 k is where most lives while something is
+        computed again for operation k, 2 k + 1 is where that runs itself.
+
+        Yields:
+            The value, and the first and last of the moments at which it is there; one that is
+            computed several times comes several times. The first is -1 for what forward made.
+        """
+        times = self._times_of_backward()
+        for node, born, read in self._ledger.lives():
+            first = bisect_left(times, born) if born > self._boundary else -1
+            last = bisect_right(times, read) - 1
+            if node.meta.get("phase") == "forward" and last >= max(first, 0):
+                yield node, first, last
+
+    def before_backward(self) -> list[int]:
+        """What is there already when each operation of backward runs."""
+        older = self._ledger.older()
+        entries = zip(self._phases(), self._ledger.notable, strict=True)
+        return [older[time] for phase, (time, *_) in entries if phase == "backward"]
+
+    def at_peak(self) -> list[tuple[Node, int]]:
+        """The first value on each storage that lives at the peak, and its bytes; largest first."""
+        if not len(self.live):
+            return []
+        time, *_ = self._ledger.notable[int(self.live.argmax())]
+        return sorted(self._ledger.alive(time), key=lambda entry: entry[1], reverse=True)
+
+    def _nodes(self) -> Iterator[Node]:
+        return (node for _, node, _ in self._ledger.notable)
+
+    def _phases(self) -> Iterator[str]:
+        for time, node, _ in self._ledger.notable:
+            again = time > self._boundary and node.meta["phase"] == "forward"
+            yield "forward" if time < self._boundary else "recompute" if again else "backward"
+
+    def _times_of_backward(self) -> list[int]:
+        """When the moments of `lives` are."""
+        times, most = [], (0, 0)
+        entries = zip(self._phases(), self._ledger.notable, self.live.tolist(), strict=True)
+        for phase, (time, *_), live in entries:
+            if phase == "backward":
+                times += [most[1] or time, time]
+                most = 0, 0
+            elif phase == "recompute":
+                most = max(most, (live, time))
+        return times

@@ -1,0 +1,195 @@
+"""Backward rewritten for less memory at a time: the same bits, by kernels and in training."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    MODELS,
+    Function,
+    adamw,
+    assert_same,
+    build_step,
+    content,
+    decided,
+    joint_of,
+    random_choice,
+    total,
+    train,
+)
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.fx import Node
+from torch.nn import functional as F
+
+import fxckpt
+from bench.models import build
+from fxckpt import ops
+from fxckpt.joint import Joint
+from fxckpt.lean import lean
+from fxckpt.memory import Memory
+from fxckpt.schedule import Choice
+
+aten = torch.ops.aten
+MIB = 2**20
+
+
+def blank_like(x: Tensor) -> Tensor:
+    return torch.empty_strided(x.shape, [0] * x.dim(), dtype=x.dtype)
+
+
+# --- kernels --------------------------------------------------------------------------------------
+
+
+@st.composite
+def convolutions(draw: st.DrawFn) -> tuple[Any, ...]:
+    """Arguments of `convolution_backward` without the mask."""
+    sizes = draw(st.sampled_from([(9,), (8, 8), (14, 14), (9, 5), (5, 5, 4)]))
+    dims, groups = len(sizes), draw(st.sampled_from([1, 1, 2, 4]))
+    ins, outs = (groups * draw(st.sampled_from([1, 2, 8, 16])) for _ in range(2))
+    kernel, stride, dilation = (draw(st.sampled_from(n)) for n in ([1, 2, 3, 5], [1, 1, 2], [1, 2]))
+    transposed = draw(st.booleans())
+    dtype = draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]))
+    first, second = (ins, outs) if transposed else (outs, ins)
+    torch.manual_seed(draw(st.integers(0, 9)))
+    x = torch.randn(draw(st.sampled_from([1, 4])), ins, *sizes).to(dtype)
+    weight = torch.randn(first, second // groups, *[kernel] * dims).to(dtype)
+    options = ([stride] * dims, [kernel // 2] * dims, [dilation] * dims, transposed)
+    options += ([stride - 1] * dims if transposed else [0] * dims, groups)
+    try:
+        y = aten.convolution(x, weight, None, *options)
+    except RuntimeError:
+        assume(False)
+    gradient = torch.randn(y.shape).to(dtype)
+    if dims == 2 and draw(st.booleans()):
+        gradient = gradient.to(memory_format=torch.channels_last)
+    if dims == 2 and draw(st.booleans()):
+        weight = weight.to(memory_format=torch.channels_last)
+    return gradient, x, weight, [outs], *options
+
+
+@given(convolutions(), st.booleans())
+def test_two_calls_for_a_convolution_give_the_same_bits(args: tuple[Any, ...], bias: bool) -> None:
+    gradient, x, *rest = args
+    both = aten.convolution_backward(*args, [True, True, bias])
+    by_weight = aten.convolution_backward(*args, [False, True, bias])
+    by_input = aten.convolution_backward(gradient, blank_like(x), *rest, [True, False, False])
+    assert content(both[0]) == content(by_input[0])
+    assert content(both[1]) == content(by_weight[1])
+    assert not bias or content(both[2]) == content(by_weight[2])
+
+
+def test_channels_last_cannot_be_imitated() -> None:
+    """Kernels lay out the gradient of an input as the input."""
+    x = torch.randn(2, 3, 4, 4)
+    assert ops.can_be_imitated(x)
+    assert not ops.can_be_imitated(x.to(memory_format=torch.channels_last))
+    assert not ops.can_be_imitated(x.transpose(2, 3))
+
+
+POOLS: dict[str, Callable[[Tensor], Tensor]] = {
+    "max_pool": lambda x: F.max_pool2d(x, 2),
+    "avg_pool": lambda x: F.avg_pool2d(x, 3, 2, 1),
+    "adaptive_avg_pool": lambda x: F.adaptive_avg_pool2d(x, 3),
+    "adaptive_max_pool": lambda x: F.adaptive_max_pool2d(x, 3),
+    "reflection_pad": lambda x: F.pad(x, (1, 2, 0, 1), "reflect"),
+    "replication_pad": lambda x: F.pad(x, (1, 2, 0, 1), "replicate"),
+    "nll_loss": lambda x: F.nll_loss(x.flatten(2).mean(2), torch.tensor([1, 0])),
+    "nll_loss2d": lambda x: F.nll_loss(x, torch.ones(2, 8, 9, dtype=torch.long)),
+}
+
+
+@pytest.mark.parametrize("name", POOLS)
+def test_what_is_read_for_its_shape_is_not_kept(name: str) -> None:
+    """Gradients are the same bits, and backward reads no value but masks and indices."""
+
+    def forward(m: Function, x: Tensor) -> Tensor:
+        return POOLS[name](x.mul(m.weight[0, 0]))
+
+    x = torch.linspace(-1, 1, 2 * 3 * 8 * 9).view(2, 3, 8, 9)
+    plain, ours = Function(forward), decided(Function(forward), leanly(everything))
+    ours.load_state_dict(plain.state_dict())
+    for model in (plain, ours):
+        total(model(x)).backward()
+    assert content(plain.weight.grad) == content(ours.weight.grad)
+    read = {n for node in joint_of(ours).backward_nodes() for n in node.all_input_nodes}
+    assert "mul" not in {n.name for n in read}
+
+
+# --- graphs ---------------------------------------------------------------------------------------
+
+
+def everything(joint: Joint) -> set[Node]:
+    return {value.node for value in joint.values()}
+
+
+def leanly(decide: Callable[[Joint], Any]) -> Callable[[Joint], Choice]:
+    """A decision on the lean graph."""
+
+    def decide_on(joint: Joint) -> Choice:
+        better = lean(joint)
+        better.verify()
+        choice = Choice.of(decide(better))
+        return Choice(choice.saved, choice.transient, better)
+
+    return decide_on
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_training_is_exact(name: str) -> None:
+    case, twin = build(name, tiny=True), build(name, tiny=True)
+    for each, decide in itertools.product((twin,), (everything, random_choice(2, 1))):
+        eager = train(build(name, tiny=True).model, build_step(case), optimizer=adamw)
+        model = decided(build(name, tiny=True).model, leanly(decide))
+        assert_same(eager, train(model, build_step(each), optimizer=adamw))
+
+
+def masks_of(joint: Joint) -> list[list[bool]]:
+    """Of the convolutions of backward: whether they give gradients of input, weight and bias."""
+    target = aten.convolution_backward.default
+    return [n.args[-1] for n in joint.backward_nodes() if n.target is target]
+
+
+def test_gradients_come_first() -> None:
+    """The input of a layer dies before the gradient for it is made."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)).requires_grad_()
+    new = fxckpt.rewrite(model, "nothing", example_inputs=(torch.ones(512, 8),))
+    joint = joint_of(new)
+
+    def products(joint: Joint) -> list[str]:
+        nodes = [n for n in joint.backward_nodes() if n.target is aten.mm.default]
+        return ["x".join(map(str, n.meta["val"].shape)) for n in nodes]
+
+    assert products(joint) == ["512x8", "8x8", "8x8"]
+    assert products(lean(joint)) == ["8x8", "512x8", "8x8"]
+
+
+def test_convolution_is_differentiated_without_its_input() -> None:
+    """Of 1 MiB each: the input, and the gradients of output and input, of which two are there."""
+    stem, conv = (nn.Conv2d(16, 16, 3, padding=1, bias=False) for _ in range(2))
+    x = torch.ones(1, 16, 128, 128)
+    new = fxckpt.rewrite(nn.Sequential(stem, conv), "everything", example_inputs=(x,))
+    joint = joint_of(new)
+    better = lean(joint)
+    masks = [
+        n.args[-1] for n in better.backward_nodes() if n.target is aten.convolution_backward.default
+    ]
+    assert masks == [[False, True, False], [True, False, False], [False, True, False]]
+    eager, ours = (Memory(each, workspaces=False, outputs_held=False) for each in (joint, better))
+    weights = stem.weight.nbytes * 2
+    assert eager.replay(eager.values).backward_peak <= 3 * MIB + weights
+    assert ours.replay(ours.values).backward_peak <= 2 * MIB + weights + 8
+
+
+def test_convolution_whose_input_is_read_later_is_left_alone() -> None:
+    """ReLU is differentiated by its result, which the convolution reads."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
+    new = fxckpt.rewrite(model, "everything", example_inputs=(torch.ones(1, 3, 8, 8),))
+    better = lean(joint_of(new))
+    assert (
+        len([n for n in better.backward_nodes() if n.target is aten.convolution_backward.default])
+        == 2
+    )
