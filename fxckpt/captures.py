@@ -9,10 +9,10 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any, NoReturn
 
-import torch
 from torch import nn
 
-from fxckpt import signature, tree
+from fxckpt import signature
+from fxckpt.arguments import Call
 from fxckpt.capture import capture
 from fxckpt.errors import CaptureError, let_go_of_frames
 from fxckpt.first_run import Misfit
@@ -36,21 +36,6 @@ class Options:
     decide: Decide
     cache_size: int
     strict: bool
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Call:
-    """The arguments of one call: as they are, and as their tensors and the rest."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    inputs: list[torch.Tensor]
-    spec: tree.Spec
-
-    @staticmethod
-    def of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        """Takes the arguments apart."""
-        return Call(args, kwargs, *tree.flatten((args, kwargs), open_objects=True))
 
 
 Key = tuple[int | None, Hashable]  # state of the module; modes and arguments
@@ -78,17 +63,17 @@ class Captures:
 
     def find(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Captured | CaptureError | None, list[torch.Tensor]]:
+    ) -> tuple[Captured | CaptureError | None, Call | None]:
         """What was captured for this call, captured now if it is the first of its kind.
 
         Returns:
             Why it cannot be captured, if it cannot; None if there is nothing to differentiate. And
-            the tensors among the arguments.
+            the arguments taken apart, unless that failed.
 
         Raises:
             CaptureError: instead of returning it, if the option `strict` is set.
         """
-        handled = sys.exc_info()[1]
+        handled, call = sys.exc_info()[1], None
         with LOCK:
             try:
                 call = Call.of(args, kwargs)
@@ -97,11 +82,11 @@ class Captures:
                 if self._options.strict:
                     raise
                 let_go_of_frames(error, handled)
-                return error.at(error.path, error.source), []
+                return error.at(error.path, error.source), call
             if found is not None:
                 prepare(found.tape.prepared)
         usable = found is not None and found.differentiable
-        return found if usable else None, call.inputs
+        return found if usable else None, call
 
     def signature(self, module: nn.Module, call: Call) -> Key:
         """All that what is captured of a call depends on; captures of another structure go."""
@@ -122,7 +107,7 @@ class Captures:
         if self._watch.is_lazy():
             return None
         known = self._latest(key)
-        found = next((c for c in known if c.guards_hold(call.inputs)), None)
+        found = next((c for c in known if c.guards_hold(call)), None)
         if found is not None and found.misfit is not None:
             known.remove(found)
             self._count_misfit(key, found.misfit)

@@ -35,6 +35,7 @@ import torch
 from torch.fx import GraphModule
 
 from fxckpt import first_run, ops, tree
+from fxckpt.arguments import Arguments, Call
 from fxckpt.errors import CaptureError, FxckptError
 from fxckpt.first_run import Misfit
 from fxckpt.joint import Joint
@@ -124,6 +125,7 @@ class Captured:
         self.misfit: Misfit | None = None  # set if a first run showed that it must not run again
         self.autocast: AutocastState = autocast_state()
         self._decide = decide
+        self._needs_parts = bool(tape.changes.numbers) or tree.mentions_known(tape.spec)
         self._primals = {p.name: p for p in tape.primals}
         self._programs: dict[BackwardKey, Program] = {}
         self._expected = tape.expected_backward()
@@ -156,17 +158,20 @@ class Captured:
         container, key = self._primals[name].source
         return inputs[key] if container is None else container[key]
 
-    def guards_hold(self, inputs: Sequence[torch.Tensor]) -> bool:
-        """Whether the values that Python read during capture are the same for these inputs."""
+    def guards_hold(self, call: Call) -> bool:
+        """Whether the values that Python read during capture are the same for these arguments."""
+        changes, inputs = self.tape.changes, call.inputs
+        if changes.numbers and not changes.fit(call.parts()):
+            return False
         return all(g.holds(lambda name: self.lookup(name, inputs)) for g in self.tape.guards)
 
-    def __call__(self, inputs: Sequence[torch.Tensor]) -> Any:
-        """Runs forward on the flattened inputs; returns what the callable returns.
+    def __call__(self, arguments: Call) -> Any:
+        """Runs forward on the arguments; returns what the callable returns.
 
         Raises:
             Misfit: see `first_run`; nothing has happened then.
         """
-        program = self.program
+        program, inputs = self.program, arguments.inputs
         copied = program.written if None in program.untried else program.fragile
         with LOCK:  # another thread may be capturing, with other tensors in their places
             primals = [inputs[key] if held is None else held[key] for held, key in program.slots]
@@ -199,8 +204,10 @@ class Captured:
         for key, result in unique.items():
             if isinstance(result.origin, int):
                 made[key] = self._finish(result, outputs[result.origin])
-        tensors = [made[id(r)] for r in self.tape.results]
-        result, values = tree.unflatten(self.tape.spec, tensors)
+        tensors = iter([made[id(r)] for r in self.tape.results])
+        passed = arguments.parts() if self._needs_parts else ()
+        result, values = tree.unflatten(self.tape.spec, tensors, passed)
+        self.tape.changes.make(passed, tensors)
         for (container, key), value in zip(self.tape.assigned, values, strict=True):
             container[key] = value
         if self.tape.assigned:
@@ -266,9 +273,9 @@ class Captured:
         wanted = [stand_ins[id(p)] for p in call.primals if p.requires_grad]
         inputs = [stand_ins.get(id(t), t) for t in call.inputs]
         with self._as_called(call, stand_ins), torch.enable_grad():
-            args, kwargs = tree.unflatten(self.input_spec, inputs)
-            results, _ = tree.flatten(self.original(*args, **kwargs))
-        by_origin = {r.origin: t for r, t in zip(self.tape.results, results, strict=False)}
+            results = self._results_again(Arguments(self.input_spec, inputs))
+        made = zip(self.tape.results, results, strict=True)
+        by_origin = {r.origin: t for r, t in made if t.requires_grad}
         pairs = [(_base(by_origin[i]), c) for i, c in enumerate(cotangents) if c is not None]
         grads = torch.autograd.grad(
             [t for t, _ in pairs],
@@ -280,6 +287,13 @@ class Captured:
         found = {id(t): g for t, g in zip(wanted, grads, strict=True)}
         extra = [None] * len(call.program.split.extra)
         return [*(found.get(id(stand_ins[id(p)])) for p in call.primals), *extra]
+
+    def _results_again(self, arguments: Arguments) -> list[torch.Tensor]:
+        """The tensors that the callable leaves in its result, in modules and in its arguments."""
+        result = self.original(*arguments.args, **arguments.kwargs)
+        values = [container[key] for container, key in self.tape.assigned]
+        contents = arguments.contents(self.tape.changes.numbers)
+        return tree.flatten((result, values, contents), known=arguments.known)[0]
 
     def _stand_ins(self, call: _Call) -> dict[int, torch.Tensor]:
         """What the model is run on again, for each primal of the call (by `id`).

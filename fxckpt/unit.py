@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils._device import DeviceContext
 
+from fxckpt.arguments import Call
 from fxckpt.capture import is_capturing
 from fxckpt.captures import Captures, Options
 from fxckpt.errors import CaptureError, FallbackWarning, FxckptError
@@ -50,14 +51,14 @@ class Unit:
         """Runs the module's forward: the captured one if gradients may be wanted."""
         if not (module.training and torch.is_grad_enabled()) or _is_traced(module):
             return original_forward(module)(*args, **kwargs)
-        found, inputs = self.captures.find(module, args, kwargs)
+        found, call = self.captures.find(module, args, kwargs)
         if isinstance(found, CaptureError):
             return self._run_eagerly(module, args, kwargs, found)
         if found is None:
             return original_forward(module)(*args, **kwargs)
         self.latest = found
         with contextlib.suppress(Misfit):
-            return found(inputs)
+            return found(_required(call))
         return self(module, args, kwargs)  # captured anew
 
     def prepare(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -164,11 +165,11 @@ class Part:
             return original_forward(module)(*args, **kwargs)
         if self._owner() is not module or _is_traced(module) or self._is_cast_once(whole):
             return original_forward(module)(*args, **kwargs)
-        found, inputs = self._captures.find(module, args, kwargs)
+        found, call = self._captures.find(module, args, kwargs)
         if isinstance(found, Captured) and found.saves_memory:
             self.latest = found
             with contextlib.suppress(Misfit):
-                return found(inputs)
+                return found(_required(call))
             self._latest_run = 0
             return self(module, args, kwargs)  # captured anew
         failure = found if isinstance(found, CaptureError) and not found.may_pass else None
@@ -200,6 +201,11 @@ class Part:
 
     def __deepcopy__(self, _: Any) -> Part:
         return self
+
+
+def _required(call: Call | None) -> Call:
+    assert call is not None, "something was captured for it"
+    return call
 
 
 def _how_it_runs(saving: list[str]) -> str:
