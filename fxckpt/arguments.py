@@ -130,23 +130,24 @@ class Arguments:
         several = Counter(id(o) for o in made if objects.is_changeable(o))
         shared = any(self._parts[i] is originals[i] or outside.shows(originals[i]) for i in numbers)
         if numbers and (shared or max(several.values()) > 1 or not changes.fit(originals)):
-            raise CaptureError(_REFUSED)
+            raise _refusal()
         return tensors, changes
 
 
-_REFUSED = "forward changes an object that was passed as an argument"
+def _refusal() -> CaptureError:
+    return CaptureError("forward changes an object that was passed as an argument")
 
 
 def _inside(part: Any) -> objects.Inside:
     found = objects.inside(part)
     if found is None:
-        raise CaptureError(_REFUSED)
+        raise _refusal()
     return found
 
 
 def _without_tensors(value: Any) -> bool:
     if tree.holds_tensor(value):
-        raise CaptureError(_REFUSED)
+        raise _refusal()
     return True
 
 

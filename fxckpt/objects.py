@@ -30,8 +30,8 @@ _COPYING = ("__copy__", "__reduce__", "__reduce_ex__", "__new__")
 class Layout(NamedTuple):
     """Where in an object its children are, in this order.
 
-    `base` is the class that it extends: a type of container, or `object`. `keys` are those of the items
-    of a dictionary; of a list, their indices.
+    `base` is the class that it extends: a type of container, or `object`. `keys` are those of the
+    items of a dictionary; of a list, their indices.
     """
 
     base: Any

@@ -93,7 +93,7 @@ class _Call:
     primals: Sequence[torch.Tensor]
     versions: list[int]
     state: Any
-    random_states: list[tuple[torch.device, torch.Tensor]]
+    random_states: dict[torch.device, torch.Tensor]
     before: dict[int, torch.Tensor]
 
 
@@ -183,7 +183,7 @@ class Captured:
             primals,
             [p._version for p in primals],
             self.state(),
-            [(d, ops.read_rng_state(d)) for d in self._random_devices],
+            {d: ops.read_rng_state(d) for d in self._random_devices},
             {i: primals[i].clone() for i in copied},
         )
         unique = {id(r): r for r in self.tape.results}
@@ -226,7 +226,7 @@ class Captured:
     def _undo(self, call: _Call, misfit: Misfit) -> None:
         """Puts back what a forward that did not fit changed."""
         self.misfit = Misfit(misfit.op, misfit.learned)
-        for device, random_state in call.random_states:
+        for device, random_state in call.random_states.items():
             ops.generator(device).set_state(random_state)
         with torch.no_grad():
             for i, contents in call.before.items():
@@ -320,7 +320,7 @@ class Captured:
         """The modes, random states and buffers as they were when forward was called."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(autocast_as(self.autocast))
-            for device, random_state in call.random_states:
+            for device, random_state in call.random_states.items():
                 stack.enter_context(ops.rng_state_as(random_state, device))
             if call.module is not None:
                 stack.enter_context(substituted(call.module, stand_ins))
@@ -373,6 +373,8 @@ class _Function(torch.autograd.Function):
         results = program.run(None, program.split.forward, list(primals[: len(program.slots)]))
         outputs = results[: len(program.joint.outputs)]
         ctx.set_materialize_grads(False)
+        for residual, device in program.split.first_states.items():  # not to be kept twice
+            call.random_states[device] = results[len(outputs) + residual]
         call.captured.mark_outputs(ctx, outputs)
         ctx.save_for_backward(
             *(primals[i] for i in program.saved_positions), *results[len(outputs) :]

@@ -292,7 +292,9 @@ def test_an_object_that_is_passed_twice_is_refused_only_where_it_is() -> None:
         first.append(hidden(m, x))
         return m.weight * len(second)
 
-    shared: Callable[[Tensor], Any] = lambda _: ([[]] * 2)
+    def shared(_: Tensor) -> Any:
+        return [[]] * 2
+
     assert_same_contents(fill, lambda _: ([], []))
     assert_same_contents(fill, shared, strict=False)
     torch.manual_seed(0)
