@@ -20,6 +20,7 @@ recorder keeps alive; so no table of view operations is needed.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from operator import getitem
 from typing import Any, Protocol
@@ -218,8 +219,13 @@ class Recorder(TorchDispatchMode):
         """The fake result of an operation."""
         if torch.Tag.inplace_view in func.tags:
             self._keep_geometry(args[0])
+        kernel = shapes.OWN.get(func, func)
+        if func in shapes.SIZED_BY:
+            sized, position = shapes.SIZED_BY[func]
+            with self:
+                kernel = functools.partial(sized, int(args[position].max()))
         try:
-            out = shapes.OWN.get(func, func)(*args, **kwargs)
+            out = kernel(*args, **kwargs)
         except DynamicOutputShapeException:
             return self._read(func, args, kwargs)
         return shapes.corrected(func, args, kwargs, out)
