@@ -29,7 +29,7 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Node
 
-from fxckpt import invisible, tree
+from fxckpt import checkpoints, invisible, tree
 from fxckpt.arguments import Arguments, Call
 from fxckpt.errors import CaptureError
 from fxckpt.holders import Surroundings
@@ -197,6 +197,7 @@ class _Session:
             stack.enter_context(invisible.fresh_autocast_cache())
             stack.enter_context(invisible.no_saved_tensor_hooks())
             stack.enter_context(invisible.side_effects_refused())
+            stack.enter_context(checkpoints.followed(self.recorder))
             stack.enter_context(invisible.literals_read())
             stack.enter_context(invisible.other_branches_refused())
             stack.enter_context(invisible.leaves_as(self._argument_behind))

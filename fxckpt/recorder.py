@@ -19,9 +19,10 @@ recorder keeps alive; so no table of view operations is needed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from operator import getitem
 from typing import Any, Protocol
 
@@ -120,6 +121,8 @@ class Recorder(TorchDispatchMode):
         self._storages: dict[int, _Storage] = {}
         self._entries: dict[int, _Entry] = {}
         self._nonzero: dict[Node, torch.Tensor] = {}  # of masks, by their contents
+        self._draws: list[Node] = []  # random operations of forward
+        self._draws_again: Iterator[int] = iter(())  # which of them backward does again
 
     # -- what the program's tensors are in the graph
 
@@ -174,6 +177,20 @@ class Recorder(TorchDispatchMode):
             inner = container.values() if isinstance(container, dict) else container
             stack += [x for x in inner if isinstance(x, (tuple, list, dict))]
         return [*{id(o): o for o in (*found, *stack)}.values()]
+
+    @property
+    def draws(self) -> int:
+        """How many random operations forward did."""
+        return len(self._draws)
+
+    @contextlib.contextmanager
+    def drawing_again(self, draws: range) -> Iterator[None]:
+        """While active, random operations of backward are some of forward, once more."""
+        before, self._draws_again = self._draws_again, iter(draws)
+        try:
+            yield
+        finally:
+            self._draws_again = before
 
     # -- recording
 
@@ -271,11 +288,6 @@ class Recorder(TorchDispatchMode):
         if torch.Tag.inplace_view in func.tags:
             self._record_new_geometry(func, args[0])
             return
-        if self.phase == "backward" and ops.is_random(func, args, kwargs):
-            raise CaptureError(
-                f"backward draws random numbers ({func})",
-                hint="If this is torch.utils.checkpoint inside the model, switch it off.",
-            )
         mutated = list(ops.mutated_arguments(func, args, kwargs))
         if mutated:
             self._record_mutation(func, args, kwargs, mutated, out)
@@ -399,6 +411,8 @@ class Recorder(TorchDispatchMode):
 
     def _emit(self, target: Any, args: Any, kwargs: Any, val: Any) -> Node:
         op = args[0] if target is ops.inplace else target
+        if target is getitem and args[0].meta["phase"] == "forward" != self.phase:
+            return next(n for n in args[0].users if n.args == args)  # of `_drawn_before`
         name = op.overloadpacket.__name__ if isinstance(op, OpOverload) else None
         node = self.graph.create_node("call_function", target, tuple(args), kwargs, name)
         place = self._place()
@@ -409,7 +423,24 @@ class Recorder(TorchDispatchMode):
             "calls": place.calls,
             "source": place.source,
         }
-        return node
+        if not ops.node_is_random(node):
+            return node
+        if self.phase == "forward":
+            self._draws.append(node)
+            return node
+        self.graph.erase_node(node)
+        return self._drawn_before(node)
+
+    def _drawn_before(self, node: Node) -> Node:
+        """The node of forward that holds the random numbers which backward draws once more."""
+        number = next(self._draws_again, None)
+        known = None if number is None else self._draws[number]
+        if known is None or _drawn(known) != _drawn(node):
+            raise CaptureError(
+                f"backward draws random numbers ({ops.operation(node)})",
+                hint="If this is torch.utils.checkpoint inside the model, switch it off.",
+            )
+        return known
 
     # -- small helpers
 
@@ -437,6 +468,14 @@ class Recorder(TorchDispatchMode):
 
     def _first_operation(self) -> Node:
         return next((n for n in self.graph.nodes if n.op != "placeholder"), self.graph._root)
+
+
+def _drawn(node: Node) -> Any:
+    """What random numbers depend on, besides the state of the generator."""
+    vals = node.meta["val"]
+    vals = vals if isinstance(vals, (tuple, list)) else (vals,)
+    geometry = [(v.size(), v.stride(), v.dtype, v.device) for v in vals]
+    return node.target, ops.operation(node), geometry
 
 
 def _address(tensor: torch.Tensor) -> int:

@@ -39,6 +39,7 @@ LAYERS = (
     "values",
     "shapes",
     "recorder",
+    "checkpoints",
     "tape",
     "keeping",
     "capture",
