@@ -1,8 +1,13 @@
 """Model types of transformers that are mostly halves of others: their towers, encoders, decoders.
 
-Each is a class of a model type that has no other place in the zoo, at default settings but for the
-sizes, and is trained on what it takes: tokens, images, sounds or what another model has computed.
+Each is a class of a model type that has no other place in the zoo, and is trained on what it takes:
+tokens, images, sounds or what another model has computed. Settings other than sizes are given only
+where a small model needs them.
 """
+
+from typing import Any
+
+import torch
 
 from bench.architectures import data
 from bench.architectures.case import Architecture
@@ -153,6 +158,95 @@ _SOUNDS = {
     "pocket_tts_audio_tokenizer_encoder": "PocketTTSAudioTokenizerEncoderModel",
 }
 
+_HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
+_LINEAR = {
+    **_HYBRID,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+_ROTATED = {
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "mrope_section": [1, 1, 2],
+        "partial_rotary_factor": 1.0,
+    }
+}
+_UNSHARED = {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": 96}
+_SET: dict[str, tuple[str, dict[str, Any]]] = {
+    "audioflamingo3": ("AudioFlamingo3ForConditionalGeneration", {}),
+    "axk2": ("AXK2ForCausalLM", {"num_key_value_heads": 4}),
+    "bailing_hybrid": ("BailingHybridForCausalLM", {**_HYBRID, "num_key_value_heads": 4}),
+    "clvp_encoder": ("ClvpEncoder", {"use_rotary_embedding": False}),
+    "colmodernvbert": ("ColModernVBertForRetrieval", {}),
+    "dots1": ("Dots1ForCausalLM", {"n_shared_experts": 1, "num_experts_per_tok": 2}),
+    "ernie4_5_moe": ("Ernie4_5_MoeForCausalLM", {"moe_k": 2}),
+    "gemma3n_text": ("Gemma3nForCausalLM", _UNSHARED),
+    "gemma4_text": ("Gemma4ForCausalLM", _UNSHARED),
+    "glm4v_moe_text": ("Glm4vMoeTextModel", _ROTATED),
+    "glm4v_text": ("Glm4vTextModel", _ROTATED),
+    "glm_image_text": ("GlmImageTextModel", _ROTATED),
+    "glm_ocr_text": ("GlmOcrTextModel", _ROTATED),
+    "granitemoehybrid": (
+        "GraniteMoeHybridForCausalLM",
+        {
+            "layer_types": ["mamba", "attention"],
+            "mamba_n_heads": 4,
+            "mamba_d_head": 16,
+            "mamba_d_state": 8,
+        },
+    ),
+    "jamba": ("JambaForCausalLM", {"attn_layer_period": 2, "attn_layer_offset": 1}),
+    "kimi_linear": ("KimiLinearForCausalLM", {**_HYBRID, "num_key_value_heads": 4}),
+    "lfm2_moe": ("Lfm2MoeForCausalLM", {"layer_types": ["conv", "full_attention"]}),
+    "mamba2": (
+        "Mamba2ForCausalLM",
+        {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1},
+    ),
+    "pix2struct_text_model": ("Pix2StructTextModel", {"initializer_range": 0.02}),
+    "qwen2_5_omni_text": ("Qwen2_5OmniThinkerTextModel", _ROTATED),
+    "qwen2_5_vl_text": ("Qwen2_5_VLTextModel", _ROTATED),
+    "qwen2_audio": ("Qwen2AudioForConditionalGeneration", {}),
+    "qwen2_vl_text": ("Qwen2VLTextModel", _ROTATED),
+    "qwen3_5_moe_text": ("Qwen3_5MoeForCausalLM", _LINEAR),
+    "qwen3_5_text": ("Qwen3_5ForCausalLM", _LINEAR),
+    "qwen3_next": ("Qwen3NextForCausalLM", _LINEAR),
+    "recurrent_gemma": ("RecurrentGemmaForCausalLM", {"block_types": ["recurrent", "attention"]}),
+    "step3p5": ("Step3p7TextModel", {"sliding_window": 4}),
+    "video_llava": ("VideoLlavaForConditionalGeneration", {}),
+    "voxtral": ("VoxtralForConditionalGeneration", {}),
+}
+
+
+def _films(step: int) -> dict[str, Any]:
+    return {"pixel_values_videos": data.noise(step, 4, 3, 32, 32)}
+
+
+def _prompted(step: int) -> dict[str, Any]:
+    names = ("pixel_values", "prompt_pixel_values", "prompt_masks")
+    return {name: data.noise(step + i, 3, 32, 32) for i, name in enumerate(names)}
+
+
+def _patches(step: int) -> dict[str, Any]:
+    return {
+        "pixel_values": data.noise(step, 16, 192),
+        "pixel_attention_mask": torch.ones(data.SIZE, 16, dtype=torch.int64),
+        "spatial_shapes": torch.full((data.SIZE, 2), 4),
+    }
+
+
+_SEEN: dict[str, tuple[str, dict[str, Any], Batch]] = {
+    "seggpt": ("SegGptModel", {"image_size": [64, 32], "pretrain_image_size": 32}, _prompted),
+    "siglip2_vision_model": ("Siglip2VisionModel", {}, _patches),
+    "videoprism": (
+        "VideoPrismClipModel",
+        {"vision_config": {"num_frames": 4}},
+        lambda step: {**_films(step), "input_ids": data.ids(step)},
+    ),
+    "videoprism_vision_model": ("VideoPrismVisionModel", {"num_frames": 4}, _films),
+}
 _GIVEN: list[tuple[str, dict[str, str], Batch]] = [
     ("text tower", _TOKENS, data.tokens),
     ("image tower", _IMAGES, data.images),
@@ -170,8 +264,13 @@ _GIVEN: list[tuple[str, dict[str, str], Batch]] = [
 
 def all_of() -> list[Architecture]:
     """The towers."""
-    return [
+    found = [
         architecture(model_type, family, model_class, batch, {})
         for family, table, batch in _GIVEN
         for model_type, model_class in table.items()
     ]
+    for model_type, (model_class, settings) in _SET.items():
+        found.append(architecture(model_type, "text tower", model_class, data.tokens, settings))
+    for model_type, (model_class, settings, batch) in _SEEN.items():
+        found.append(architecture(model_type, "image tower", model_class, batch, settings))
+    return found
