@@ -61,8 +61,8 @@ def _absent(rows: Sequence[Row]) -> str:
 
 
 _ABSENT = """\
-Of the model types of transformers, these {count} are not in the zoo. They want another library (timm,
-natten), millions of parameters at their smallest, inputs of several kinds that fit together
+Of the model types of transformers, these {count} are not in the zoo. They want another library
+(timm, natten), millions of parameters at their smallest, inputs of several kinds that fit together
 (positions of patches, memories, prompts, features of other models), or settings that a small model
 cannot have; or they are parts that no model class of their own exists for.
 
