@@ -181,7 +181,10 @@ _SET: dict[str, tuple[str, dict[str, Any]]] = {
     "bailing_hybrid": ("BailingHybridForCausalLM", {**_HYBRID, "num_key_value_heads": 4}),
     "clvp_encoder": ("ClvpEncoder", {"use_rotary_embedding": False}),
     "colmodernvbert": ("ColModernVBertForRetrieval", {}),
-    "dots1": ("Dots1ForCausalLM", {"n_routed_experts": 4, "n_shared_experts": 1}),
+    "dots1": (
+        "Dots1ForCausalLM",
+        {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    ),
     "ernie4_5_moe": ("Ernie4_5_MoeForCausalLM", {"moe_k": 2}),
     "gemma3n_text": ("Gemma3nForCausalLM", _UNSHARED),
     "gemma4_text": ("Gemma4ForCausalLM", _UNSHARED),
