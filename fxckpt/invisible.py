@@ -188,7 +188,8 @@ def refuse_hooks(root: nn.Module) -> None:
 def side_effects_refused() -> Iterator[None]:
     """Refuses hooks that the program registers on its own tensors, and setting random states.
 
-    The hooks of `torch.utils.checkpoint` only compute again.
+    The hooks of `torch.utils.checkpoint` only compute again; those of intermediate results that can
+    do nothing but compute are part of backward.
 
     Raises:
         CaptureError: naming the hook or the function.
@@ -198,6 +199,12 @@ def side_effects_refused() -> Iterator[None]:
     def refusing(what: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def refuse(*args: Any, **kwargs: Any) -> Any:
             if threading.get_ident() != thread or "checkpoint" in type(args[0]).__module__:
+                return original(*args, **kwargs)
+            if (
+                what == "register_hook"
+                and args[0].grad_fn
+                and all(map(is_self_contained, args[1:]))
+            ):
                 return original(*args, **kwargs)
             hooks = (getattr(a, "__qualname__", "") for a in args[1:])
             name = next(filter(None, hooks), type(args[0]).__name__)

@@ -315,6 +315,7 @@ class Recorder(TorchDispatchMode):
     ) -> None:
         if out.layout != torch.strided:
             raise CaptureError(f"a tensor with layout {out.layout} is used")
+        self._resume(_tensors((args, kwargs)))
         storage = self._storages.get(_address(out))
         if storage is None or func is aten._unsafe_view.default:
             # `_unsafe_view` reshapes a tensor that nobody else sees: the result replaces it, and
@@ -333,6 +334,13 @@ class Recorder(TorchDispatchMode):
         if out is not parent:
             recipe = Recipe(parent, func, args, kwargs, i)
             self._entries[id(out)] = self._alias_entry(out, node, recipe)
+
+    def _resume(self, tensors: list[torch.Tensor]) -> None:
+        """Tensors that `_unsafe_view` replaced are in use still, as after `torch.kron`."""
+        for tensor in tensors:
+            storage, latest = self.storage_of(tensor), self._storages[_address(tensor)]
+            if latest is not storage and not latest.version and not storage.version:
+                self._storages[_address(tensor)] = storage
 
     def _bind_twin(self, out: torch.Tensor, storage: _Storage, func: OpOverload) -> None:
         """A result that is another result of the same operation once more."""

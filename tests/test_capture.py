@@ -910,3 +910,28 @@ def test_modes_of_the_caller_do_not_see_captures() -> None:
             model(x)
         seen.append(counter["addmm"])
     assert seen == [1, 1]
+
+
+def clamped(gradient: Tensor) -> Tensor:
+    return gradient.clamp(-0.1, 0.1)
+
+
+def hooked_inside(m: Function, x: Tensor) -> tuple[Tensor, Tensor]:
+    """On a result that is returned as well, and on one that is removed again."""
+    y = (x @ m.weight).tanh()
+    y.register_hook(clamped)
+    y.register_hook(lambda gradient: gradient * 2)
+    y.register_hook(clamped).remove()
+    return y, y.sin() * y
+
+
+def test_hooks_of_results_that_only_compute_are_captured() -> None:
+    assert_same_training(lambda: Function(hooked_inside), lambda _: rows().requires_grad_())
+
+
+def test_hooks_of_inputs_inside_of_forward_are_refused() -> None:
+    def forward(m: Function, x: Tensor) -> Tensor:
+        x.register_hook(clamped)
+        return (x @ m.weight).sin()
+
+    inexact_is_refused(forward, [lambda: (rows().requires_grad_(),)] * 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import Function, assert_same_training
 from torch import Tensor, nn
 
 import fxckpt
@@ -95,3 +96,13 @@ class TurnedBase(Resized):
 def test_is_refused(kind: type[nn.Module]) -> None:
     with pytest.raises(fxckpt.CaptureError, match="changes the shape of a tensor in place"):
         fxckpt.verify(kind(), torch.randn(3, 4), policy="nothing")
+
+
+def test_a_tensor_that_an_unsafe_view_replaced_is_used_again() -> None:
+    """`torch.kron` reshapes its operands so."""
+
+    def forward(m: Function, x: Tensor) -> list[Tensor]:
+        h = torch.tanh(x @ m.weight)
+        return [torch.kron(h.T, h[:1]), torch.kron(h, h[:1]).exp(), h.T * 2]
+
+    assert_same_training(lambda: Function(forward), lambda _: torch.randn(3, 4))
