@@ -103,6 +103,6 @@ def test_a_tensor_that_an_unsafe_view_replaced_is_used_again() -> None:
 
     def forward(m: Function, x: Tensor) -> list[Tensor]:
         h = torch.tanh(x @ m.weight)
-        return [torch.kron(h.T, h[:1]), torch.kron(h, h[:1]).exp(), h.T * 2]
+        return [torch.kron(h, h[:1]).exp(), torch.kron(h, h).T, h.T * 2]
 
     assert_same_training(lambda: Function(forward), lambda _: torch.randn(3, 4))
