@@ -49,18 +49,43 @@ Inside = tuple[Layout, list[Any]]  # of an object, and its children
 
 def inside(value: Any) -> Inside | None:
     """What an object consists of; None if it is not looked into."""
-    if isinstance(value, _LEAVES) or callable(value):
-        return None
     kind = type(value)
-    base = _base(kind)
-    own = object.__getattribute__(value, "__dict__") if kind.__dictoffset__ else None
-    slots = [n for n in _slots(kind, base) if hasattr(value, n)]
-    if base is object and own is None and not slots:
+    known = _kinds.get(kind)
+    if known is None:
+        known = _kinds[kind] = _Kind.of(kind)
+    if known.is_leaf:
         return None
-    keys, items = _items(base, value)
-    attributes = own or {}
-    children = [*items, *attributes.values(), *(getattr(value, n) for n in slots)]
-    return Layout(base, tuple(keys), tuple(attributes), tuple(slots)), children
+    attributes = object.__getattribute__(value, "__dict__") if known.has_attributes else {}
+    children = [*attributes.values()]
+    keys: Sequence[str] = ()
+    slots: tuple[str, ...] = ()
+    if known.base in _OF_ITEMS:
+        keys, items = _items(known.base, value)
+        children[:0] = items
+    if known.slots:
+        slots = tuple(n for n in known.slots if hasattr(value, n))
+        children += (getattr(value, n) for n in slots)
+    return Layout(known.base, tuple(keys), tuple(attributes), slots), children
+
+
+class _Kind(NamedTuple):
+    """What is the same for all objects of a class."""
+
+    is_leaf: bool
+    base: Any
+    has_attributes: bool
+    slots: Sequence[str]
+
+    @staticmethod
+    def of(kind: type) -> _Kind:
+        base, has_attributes = _base(kind), bool(kind.__dictoffset__)
+        slots = _slots(kind, base)
+        leaf = issubclass(kind, _LEAVES) or hasattr(kind, "__call__")  # noqa: B004
+        nothing = base not in _OF_ITEMS and not has_attributes and not slots
+        return _Kind(leaf or nothing, base, has_attributes, slots)
+
+
+_kinds: weakref.WeakKeyDictionary[type, _Kind] = weakref.WeakKeyDictionary()
 
 
 def is_changeable(value: Any) -> bool:
@@ -74,8 +99,6 @@ def _base(kind: type) -> Any:
 
 
 def _items(base: Any, value: Any) -> tuple[Sequence[Any], Sequence[Any]]:
-    if base not in _OF_ITEMS:
-        return (), ()
     if issubclass(base, dict):
         return [*dict.keys(value)], [*dict.values(value)]
     return range(base.__len__(value)), [*base.__iter__(value)]
