@@ -93,10 +93,9 @@ class Arguments:
         self.known: Mapping[int, int] = {id(p): i for i, p in enumerate(self._parts)}
 
     def shared_with(self, originals: Sequence[Any]) -> Surroundings:
-        """What the originals hold that were not built anew, to be put back."""
-        return Surroundings(
-            None, tuple(o for o, p in zip(originals, self._parts, strict=True) if o is p)
-        )
+        """What those of the originals hold that were not built anew."""
+        shared = tuple(o for o, p in zip(originals, self._parts, strict=True) if o is p)
+        return Surroundings(None, shared, with_globals=False)
 
     def contents(self, numbers: Iterable[int]) -> list[list[Any]]:
         """What is in some of the parts now."""
@@ -168,4 +167,4 @@ def _state(part: Any) -> Any:
         return tree.static_key(part)
     layout, children = found
     each = [tree.static_key(c) if is_plain(c) else _Same(c) for c in children]
-    return (layout.base, *map(tree.static_key, layout[1:])), each
+    return tree.layout_key(layout), each

@@ -158,9 +158,12 @@ class _Session:
         try:
             with self._in_disguise() as assignments:
                 result = fn(*arguments.args, **arguments.kwargs)
-            return self._tape(result, assignments, arguments)
+            tape = self._tape(result, assignments, arguments)
         finally:
-            shared.put_back()
+            changes = shared.put_back()
+        if any(changes):
+            raise CaptureError("forward changes an object that was passed as an argument")
+        return tape
 
     def finished(self, tape: Tape) -> Tape:
         """Lets go of the arguments of the call: the tape lives on, and needs their fakes alone."""

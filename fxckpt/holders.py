@@ -150,9 +150,12 @@ class Surroundings:
     Args:
         module: The module that the program runs, if any.
         program: The program: a function, or several classes.
+        with_globals: Whether globals belong to it.
     """
 
-    def __init__(self, module: nn.Module | None, program: Any) -> None:
+    def __init__(
+        self, module: nn.Module | None, program: Any, *, with_globals: bool = True
+    ) -> None:
         self._then: dict[int, Any] = {}  # by id: a copy of the contents
         self._seen: dict[int, Any] = {}  # by id, so that these stay what they are
         self._namespaces: dict[str, None] = {}  # names of Python modules to look into
@@ -169,7 +172,7 @@ class Surroundings:
             self._add(cls, _OF_GLOBALS)
         classes.update(program if isinstance(program, list) else ())
         self._namespaces.update((c.__module__, None) for c in classes if _is_programs(c))
-        for name in (queue := [*self._namespaces]):
+        for name in (queue := [*self._namespaces] if with_globals else []):
             self._add_globals(name)
             queue += [n for n in self._namespaces if n not in queue]
 

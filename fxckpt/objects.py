@@ -80,7 +80,7 @@ class _Kind(NamedTuple):
     def of(kind: type) -> _Kind:
         base, has_attributes = _base(kind), bool(kind.__dictoffset__)
         slots = _slots(kind, base)
-        leaf = issubclass(kind, _LEAVES) or hasattr(kind, "__call__")  # noqa: B004
+        leaf = issubclass(kind, _LEAVES) or any("__call__" in vars(c) for c in kind.__mro__)
         nothing = base not in _OF_ITEMS and not has_attributes and not slots
         return _Kind(leaf or nothing, base, has_attributes, slots)
 

@@ -139,7 +139,7 @@ def _flatten(tree: Any, walk: _Walk, above: tuple[int, ...]) -> Spec:
     specs = tuple(_flatten(child, walk, above) for child in inner)
     if not holds and objects.is_unique(kind):
         return Spec("static", kind, (layout, specs), (), tree)
-    return Spec("object", kind, (layout.base, *map(static_key, layout[1:])), specs, layout)
+    return Spec("object", kind, layout_key(layout), specs, layout)
 
 
 _ATOMS: frozenset[type] = frozenset(
@@ -191,6 +191,11 @@ def _unflatten(spec: Spec, take: Callable[[], Any], known: Sequence[Any]) -> Any
     if spec.kind == "node":
         return spec.unflatten(children, spec.payload)
     return objects.create(spec.type, spec.payload, children)
+
+
+def layout_key(layout: objects.Layout) -> Hashable:
+    """What is compared of a layout: its keys with their types."""
+    return (*layout[2:], layout.base, static_key(layout.keys) if layout.keys else ())
 
 
 def static_key(value: Any, depth: int = 0) -> Hashable:

@@ -357,6 +357,29 @@ def test_what_capture_did_to_an_object_that_has_no_copy_is_undone() -> None:
     assert held == {0}
 
 
+def scaled(x: Tensor) -> Tensor:
+    return x * 2
+
+
+CALLS = [0]
+
+
+def test_globals_beside_a_function_that_is_passed_are_watched() -> None:
+    """Also if the function is defined where the counter is."""
+
+    def fill(m: Function, x: Tensor, function: Any) -> Tensor:
+        CALLS[0] += 1
+        return function(hidden(m, x))
+
+    model = fxckpt.rewrite(Function(fill), "nothing")
+    before = CALLS[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(4):
+            model(torch.randn(3, 4), scaled)
+    assert CALLS[0] == before + 4
+
+
 def test_an_object_of_a_class_that_cannot_be_copied_is_refused() -> None:
     class Odd(Exception):
         value: Any = None
