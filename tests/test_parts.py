@@ -92,7 +92,8 @@ def sparse(net: Net, x: Tensor) -> Tensor:
 def hooked(net: Net, x: Tensor) -> Tensor:
     x = all_layers(net, x)
     if x.requires_grad:
-        x.register_hook(lambda g: g * 2)
+        factor = [2]
+        x.register_hook(lambda g: g * factor[0])
     return x
 
 
