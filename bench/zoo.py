@@ -1,7 +1,7 @@
 """Examines the zoo: which architectures are captured whole, exactly, and what is saved.
 
 python bench/zoo.py --only 'hf/gpt*' 'hf/t5*'
-python bench/zoo.py --write docs/coverage.md            all of them; takes half an hour
+python bench/zoo.py --write docs/coverage.md            all of them; takes an hour
 """
 
 import argparse

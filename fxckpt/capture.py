@@ -30,7 +30,8 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Node
 
-from fxckpt import invisible, tree
+from fxckpt import checkpoints, invisible, tree
+from fxckpt.arguments import Arguments, Call
 from fxckpt.errors import CaptureError
 from fxckpt.holders import Surroundings
 from fxckpt.joint import Primal
@@ -72,7 +73,8 @@ def capture(
         reads = set() if reads is None else reads
 
         def session(left: Mapping[int, torch.Tensor]) -> _Session:
-            return _Session(module, position, args, dict(kwargs or {}), reads, left)
+            call = Call.of(args, dict(kwargs or {}))
+            return _Session(module, position, call, reads, left, before)
 
         _capturing.active = True
         try:
@@ -112,13 +114,14 @@ class _Session:
         self,
         module: nn.Module | None,
         position: Position,
-        args: Any,
-        kwargs: dict[str, Any],
+        call: Call,
         reads: Reads,
         left: Mapping[int, torch.Tensor],
+        outside: Surroundings,
     ) -> None:
         self.module, self.reads, self.left = module, reads, left
-        self.inputs, self.input_spec = tree.flatten((args, kwargs), open_objects=True)
+        self.inputs, self.input_spec = call.inputs, call.spec
+        self.parts, self.outside = call.parts(), weakref.proxy(outside)
         self.held = _held(module) if module is not None else {}
         everything = [*self.inputs, *(h.tensor for h in self.held.values())]
         for tensor in everything:
@@ -152,16 +155,17 @@ class _Session:
             if id(tensor) not in self.primals:
                 self._add_primal(tensor, label, "input", (None, i))
         fakes = [self.primals[id(t)].fake for t in self.inputs]
-        args, kwargs = tree.unflatten(self.input_spec, fakes)
-        with self._in_disguise() as assignments:
-            result = fn(*args, **kwargs)
-        after, spec_after = tree.flatten((args, kwargs), open_objects=True)
-        same = spec_after == self.input_spec and all(
-            a is b for a, b in zip(after, fakes, strict=True)
-        )
-        if not same:
+        arguments = Arguments(self.input_spec, fakes)
+        shared = arguments.shared_with(self.parts)
+        try:
+            with self._in_disguise() as assignments:
+                result = fn(*arguments.args, **arguments.kwargs)
+            tape = self._tape(result, assignments, arguments)
+        finally:
+            changes = shared.put_back()
+        if any(changes):
             raise CaptureError("forward changes an object that was passed as an argument")
-        return self._tape(result, assignments)
+        return tape
 
     def finished(self, tape: Tape) -> Tape:
         """Lets go of the arguments of the call: the tape lives on, and needs their fakes alone."""
@@ -170,6 +174,7 @@ class _Session:
             if primal is not None and primal.kind == "input":
                 del self.primals[id(tensor)]
         self.module, self.inputs, self.held, self.real = None, [], {}, {}
+        self.parts = []
         return tape
 
     def structures(self) -> list[Any]:
@@ -197,6 +202,7 @@ class _Session:
             stack.enter_context(invisible.fresh_autocast_cache())
             stack.enter_context(invisible.no_saved_tensor_hooks())
             stack.enter_context(invisible.side_effects_refused())
+            stack.enter_context(checkpoints.followed(self.recorder))
             stack.enter_context(invisible.literals_read())
             stack.enter_context(invisible.other_branches_refused())
             stack.enter_context(invisible.leaves_as(self._argument_behind))
@@ -266,24 +272,18 @@ class _Session:
 
     # -- the result
 
-    def _tape(self, result: Any, assignments: list[Assignment]) -> Tape:
+    def _tape(self, result: Any, assignments: list[Assignment], arguments: Arguments) -> Tape:
         recorder = self.recorder
-        tensors, spec = tree.flatten((result, [a.value for a in assignments]))
-        fakes = {id(p.fake): p for p in self.primals.values()}
+        made: list[Any] = []
+        values = [a.value for a in assignments]
+        tensors, spec = tree.flatten((result, values), parts=made, known=arguments.known)
+        put, changes = arguments.changes(self.parts, made, self.outside)
+        tensors += put
+        results = self._results(tensors)
+        if any(t.requires_grad and results[id(t)].views for t in put):
+            # Its gradient would enter at the base, in another order than in eager mode.
+            raise CaptureError("forward puts a view into an object that was passed as an argument")
         outputs = self.outputs
-        results: dict[int, Result] = {}  # by id of the tensor: the same tensor, the same result
-        for tensor in tensors:
-            if id(tensor) in results:
-                continue
-            known = tensor if recorder.knows(tensor) else self._adopt(tensor)[1]
-            base, views = _base_and_views(recorder, known)
-            if id(base) in fakes:
-                results[id(tensor)] = Result(fakes[id(base)].name, views)
-                continue
-            if not any(o is base for o in outputs):
-                outputs.append(base)
-            index = next(i for i, o in enumerate(outputs) if o is base)
-            results[id(tensor)] = Result(index, views)
         storages = [id(recorder.storage_of(t)) for t in outputs]
         if len(set(storages)) < len(storages):
             raise CaptureError("forward returns two tensors that share memory unknown to autograd")
@@ -303,8 +303,28 @@ class _Session:
             [results[id(t)] for t in tensors],
             spec,
             [(_without_cycle(a.slot[0], self.module), a.slot[1]) for a in assignments],
+            changes,
             self.guards,
         )
+
+    def _results(self, tensors: list[torch.Tensor]) -> dict[int, Result]:
+        """How each tensor is made, by `id`: the same tensor, the same result."""
+        recorder, outputs = self.recorder, self.outputs
+        fakes = {id(p.fake): p for p in self.primals.values()}
+        results: dict[int, Result] = {}
+        for tensor in tensors:
+            if id(tensor) in results:
+                continue
+            known = tensor if recorder.knows(tensor) else self._adopt(tensor)[1]
+            base, views = _base_and_views(recorder, known)
+            if id(base) in fakes:
+                results[id(tensor)] = Result(fakes[id(base)].name, views)
+                continue
+            if not any(o is base for o in outputs):
+                outputs.append(base)
+            index = next(i for i, o in enumerate(outputs) if o is base)
+            results[id(tensor)] = Result(index, views)
+        return results
 
     def _argument_behind(self, tensor: torch.Tensor) -> torch.Tensor:
         """The argument that a tensor of forward stands for; else the tensor."""

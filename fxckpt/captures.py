@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fxckpt import signature, tree
+from fxckpt.arguments import Call
 from fxckpt.capture import capture
 from fxckpt.errors import CaptureError, let_go_of_frames
 from fxckpt.first_run import Misfit
@@ -38,21 +39,6 @@ class Options:
     decide: Decide
     cache_size: int
     strict: bool
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Call:
-    """The arguments of one call: as they are, and as their tensors and the rest."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    inputs: list[torch.Tensor]
-    spec: tree.Spec
-
-    @staticmethod
-    def of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        """Takes the arguments apart."""
-        return Call(args, kwargs, *tree.flatten((args, kwargs), open_objects=True))
 
 
 Key = tuple[int | None, Hashable]  # state of the module; modes and arguments
@@ -81,17 +67,17 @@ class Captures:
 
     def find(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Captured | CaptureError | None, list[torch.Tensor]]:
+    ) -> tuple[Captured | CaptureError | None, Call | None]:
         """What was captured for this call, captured now if it is the first of its kind.
 
         Returns:
             Why it cannot be captured, if it cannot; None if there is nothing to differentiate. And
-            the tensors among the arguments.
+            the arguments taken apart, unless that failed.
 
         Raises:
             CaptureError: instead of returning it, if the option `strict` is set.
         """
-        handled = sys.exc_info()[1]
+        handled, call = sys.exc_info()[1], None
         with LOCK:
             try:
                 call = Call.of(args, kwargs)
@@ -100,11 +86,11 @@ class Captures:
                 if self._options.strict:
                     raise
                 let_go_of_frames(error, handled)
-                return error.at(error.path, error.source), []
+                return error.at(error.path, error.source), call
             if found is not None:
                 prepare(found.tape.prepared)
         usable = found is not None and found.differentiable
-        return found if usable else None, call.inputs
+        return found if usable else None, call
 
     def run_transformed(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -123,7 +109,7 @@ class Captures:
             raise found
         if found is None:  # nothing is differentiated, so nothing is kept
             return original_forward(module)(*args, **kwargs)
-        return found.run_transformed(call.inputs)
+        return found.run_transformed(call)
 
     def signature(self, module: nn.Module, call: Call) -> Key:
         """All that what is captured of a call depends on; captures of another structure go."""
@@ -144,7 +130,7 @@ class Captures:
         if self._watch.is_lazy():
             return None
         known = self._latest(key)
-        found = next((c for c in known if c.guards_hold(call.inputs)), None)
+        found = next((c for c in known if c.guards_hold(call)), None)
         if found is not None and found.misfit is not None:
             known.remove(found)
             self._count_misfit(key, found.misfit)

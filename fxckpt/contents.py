@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copyreg
+import dis
 import enum
 import functools
 import inspect
@@ -138,6 +139,29 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from _codes(constant)
+
+
+def is_self_contained(function: Any) -> bool:
+    """Whether a function works with its arguments and operations of torch, and nothing else."""
+    if type(function) is not types.FunctionType or function.__closure__ or function.__defaults__:
+        return False
+    steps = [i for code in _codes(function.__code__) for i in dis.get_instructions(code)]
+    if any(step.opname in ("IMPORT_NAME", "STORE_GLOBAL", "DELETE_GLOBAL") for step in steps):
+        return False
+    names = {step.argval for step in steps if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    own = function.__globals__
+    return all(_is_torch(own[n]) if n in own else n in _COMPUTING for n in names)
+
+
+_COMPUTING = frozenset(
+    "abs all any bool dict enumerate filter float getattr hasattr int isinstance len list map max "
+    "min range reversed set sorted str sum tuple type zip".split()
+)
+
+
+def _is_torch(value: Any) -> bool:
+    name = value.__name__ if isinstance(value, types.ModuleType) else _library(value)
+    return name.partition(".")[0] == "torch"
 
 
 def _library(function: Any) -> str:

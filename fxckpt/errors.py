@@ -66,7 +66,9 @@ def with_causes(error: BaseException, handled: BaseException | None) -> Iterator
 def let_go_of_frames(error: BaseException, handled: BaseException | None) -> None:
     """Drops the tracebacks of an error and its causes: their frames keep tensors, and the error."""
     for each in with_causes(error, handled):
-        each.__traceback__ = None
+        trace, each.__traceback__ = each.__traceback__, None
+        while trace is not None:  # which running context managers keep
+            trace.tb_next, trace = None, trace.tb_next
 
 
 class PolicyError(FxckptError, ValueError):

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fxckpt.errors import CaptureError, with_causes
+from fxckpt.errors import CaptureError, let_go_of_frames, with_causes
 from fxckpt.holders import GONE, LRU, Surroundings, is_namespace, keys, replace
 
 # What refers to these is in no object.
@@ -203,6 +203,9 @@ class Escapes:
         except BaseException as error:
             for each in with_causes(error, handled):  # frames refer to tensors of the capture
                 traceback.clear_frames(each.__traceback__)
+            if self.found is None and self._suspects():  # in closures, which frames do not clear
+                let_go_of_frames(error, handled)
+                gc.collect()
             self.remove(self.find() if self.found is None else self.found)
             raise
 

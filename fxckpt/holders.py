@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxckpt.contents import globals_of
 from fxckpt.state import attributes
 
 GONE: Any = object()  # what is to be held instead is nothing
@@ -149,28 +150,44 @@ class Surroundings:
     Args:
         module: The module that the program runs, if any.
         program: The program: a function, or several classes.
+        with_globals: Whether globals belong to it.
     """
 
-    def __init__(self, module: nn.Module | None, program: Any) -> None:
+    def __init__(
+        self, module: nn.Module | None, program: Any, *, with_globals: bool = True
+    ) -> None:
         self._then: dict[int, Any] = {}  # by id: a copy of the contents
         self._seen: dict[int, Any] = {}  # by id, so that these stay what they are
+        self._namespaces: dict[str, None] = {}  # names of Python modules to look into
         modules = [] if module is None else [*module.modules()]
         self._seen.update((id(m), m) for m in modules)
         for m in modules:
             for _, value in attributes(m):
                 self._add(value, 0)
-        classes = {*map(type, modules)}
-        for cls in {c for t in classes for c in t.__mro__ if _is_programs(c)}:
-            self._add(cls, _OF_GLOBALS)
-        for name in {c.__module__ for c in classes if _is_programs(c)}:
-            self._add_globals(name)
         self._add(program, 0)
-        for cls in program if isinstance(program, list) else ():
-            self._add_globals(cls.__module__)
+        self._near = dict(self._seen)
+        classes = {*map(type, modules)}
+        self._classes = {c for t in classes for c in t.__mro__ if _is_programs(c)}
+        for cls in self._classes:
+            self._add(cls, _OF_GLOBALS)
+        classes.update(program if isinstance(program, list) else ())
+        self._namespaces.update((c.__module__, None) for c in classes if _is_programs(c))
+        for name in (queue := [*self._namespaces] if with_globals else []):
+            self._add_globals(name)
+            queue += [n for n in self._namespaces if n not in queue]
 
     def knows(self, value: Any) -> bool:
         """Whether an object was found there."""
         return id(value) in self._seen
+
+    def shows(self, value: Any) -> bool:
+        """Whether the program may come across an object: in modules, or globals that it reads."""
+        if id(value) in self._near:
+            return True
+        functions = [f for cls in self._classes for f in vars(cls).values()]
+        functions += [f for f in self._near.values() if type(f) is types.FunctionType]
+        read = globals_of(functions).values()
+        return any(names.get(name) is value for names, wanted in read for name in wanted)
 
     def of(self, holder: Any) -> Any:
         """What an object held: a mapping or a list; None if that is not known."""
@@ -223,7 +240,7 @@ class Surroundings:
             return
         self._seen[id(value)] = value
         if type(value) is types.FunctionType and depth < _OF_GLOBALS and _is_programs(value):
-            self._add_globals(value.__module__)
+            self._namespaces[value.__module__] = None
         then, inside = _contents(value)
         if then is not None:
             self._then[id(value)] = then

@@ -19,6 +19,7 @@ from torch.autograd.function import _HookMixin
 from torch.nn.modules import module as nn_module
 from torch.utils._python_dispatch import _disable_current_modes
 
+from fxckpt.contents import is_self_contained
 from fxckpt.errors import CaptureError
 from fxckpt.modes import collected_outputs
 from fxckpt.state import HOOKS
@@ -156,12 +157,16 @@ def outside_of_modes() -> Iterator[None]:
         yield
 
 
+_AROUND_FORWARD = ("_forward_pre_hooks", "_forward_hooks")
+
+
 def refuse_hooks(root: nn.Module) -> None:
     """Raises if a hook of a submodule would run during capture and never again.
 
     Hooks of the root itself run around the captured forward, as always; those of `torch.nn.utils`
-    (weight norm and the like) only compute, and are captured; those of transformers collect hidden
-    states for the forward in which they run, unless one that is around it has asked for them.
+    (weight norm and the like) only compute, and are captured, as are those around forward that can
+    do nothing else; those of transformers collect hidden states for the forward in which they run,
+    unless one that is around it has asked for them.
 
     Raises:
         CaptureError: naming the hook.
@@ -171,7 +176,8 @@ def refuse_hooks(root: nn.Module) -> None:
         for kind in HOOKS:
             for hook in getattr(m, kind).values():
                 owner = getattr(hook, "__module__", "")
-                if path and not owner.startswith(harmless):
+                computes = kind in _AROUND_FORWARD and is_self_contained(hook)
+                if path and not computes and not owner.startswith(harmless):
                     name = getattr(hook, "__qualname__", type(hook).__name__)
                     raise CaptureError(f"a hook is registered ({name} in {kind})", path=path)
     if any(getattr(nn_module, f"_global{kind}") for kind in HOOKS):
@@ -182,7 +188,8 @@ def refuse_hooks(root: nn.Module) -> None:
 def side_effects_refused() -> Iterator[None]:
     """Refuses hooks that the program registers on its own tensors, and setting random states.
 
-    The hooks of `torch.utils.checkpoint` only compute again.
+    The hooks of `torch.utils.checkpoint` only compute again; those of intermediate results that can
+    do nothing but compute are part of backward.
 
     Raises:
         CaptureError: naming the hook or the function.
@@ -192,6 +199,12 @@ def side_effects_refused() -> Iterator[None]:
     def refusing(what: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def refuse(*args: Any, **kwargs: Any) -> Any:
             if threading.get_ident() != thread or "checkpoint" in type(args[0]).__module__:
+                return original(*args, **kwargs)
+            if (
+                what == "register_hook"
+                and args[0].grad_fn
+                and all(map(is_self_contained, args[1:]))
+            ):
                 return original(*args, **kwargs)
             hooks = (getattr(a, "__qualname__", "") for a in args[1:])
             name = next(filter(None, hooks), type(args[0]).__name__)

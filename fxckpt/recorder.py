@@ -19,8 +19,10 @@ recorder keeps alive; so no table of view operations is needed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from operator import getitem
 from typing import Any, Protocol
 
@@ -120,6 +122,8 @@ class Recorder(TorchDispatchMode):
         self._storages: dict[int, _Storage] = {}
         self._entries: dict[int, _Entry] = {}
         self._nonzero: dict[Node, torch.Tensor] = {}  # of masks, by their contents
+        self._draws: list[Node] = []  # random operations of forward
+        self._draws_again: Iterator[int] = iter(())  # which of them backward does again
 
     # -- what the program's tensors are in the graph
 
@@ -175,6 +179,20 @@ class Recorder(TorchDispatchMode):
             stack += [x for x in inner if isinstance(x, (tuple, list, dict))]
         return [*{id(o): o for o in (*found, *stack)}.values()]
 
+    @property
+    def draws(self) -> int:
+        """How many random operations forward did."""
+        return len(self._draws)
+
+    @contextlib.contextmanager
+    def drawing_again(self, draws: range) -> Iterator[None]:
+        """While active, random operations of backward are some of forward, once more."""
+        before, self._draws_again = self._draws_again, iter(draws)
+        try:
+            yield
+        finally:
+            self._draws_again = before
+
     # -- recording
 
     def __torch_dispatch__(
@@ -219,8 +237,13 @@ class Recorder(TorchDispatchMode):
         """The fake result of an operation."""
         if torch.Tag.inplace_view in func.tags:
             self._keep_geometry(args[0])
+        kernel = shapes.OWN.get(func, func)
+        if func in shapes.SIZED_BY:
+            sized, position = shapes.SIZED_BY[func]
+            with self:
+                kernel = functools.partial(sized, int(args[position].max()))
         try:
-            out = shapes.OWN.get(func, func)(*args, **kwargs)
+            out = kernel(*args, **kwargs)
         except DynamicOutputShapeException:
             return self._read(func, args, kwargs)
         return shapes.corrected(func, args, kwargs, out)
@@ -266,11 +289,6 @@ class Recorder(TorchDispatchMode):
         if torch.Tag.inplace_view in func.tags:
             self._record_new_geometry(func, args[0])
             return
-        if self.phase == "backward" and ops.is_random(func, args, kwargs):
-            raise CaptureError(
-                f"backward draws random numbers ({func})",
-                hint="If this is torch.utils.checkpoint inside the model, switch it off.",
-            )
         mutated = list(ops.mutated_arguments(func, args, kwargs))
         if mutated:
             self._record_mutation(func, args, kwargs, mutated, out)
@@ -300,6 +318,7 @@ class Recorder(TorchDispatchMode):
     ) -> None:
         if out.layout != torch.strided:
             raise CaptureError(f"a tensor with layout {out.layout} is used")
+        self._resume(_tensors((args, kwargs)))
         storage = self._storages.get(_address(out))
         if storage is None or func is aten._unsafe_view.default:
             # `_unsafe_view` reshapes a tensor that nobody else sees: the result replaces it, and
@@ -318,6 +337,13 @@ class Recorder(TorchDispatchMode):
         if out is not parent:
             recipe = Recipe(parent, func, args, kwargs, i)
             self._entries[id(out)] = self._alias_entry(out, node, recipe)
+
+    def _resume(self, tensors: list[torch.Tensor]) -> None:
+        """Tensors that `_unsafe_view` replaced are in use still, as after `torch.kron`."""
+        for tensor in tensors:
+            storage, latest = self.storage_of(tensor), self._storages[_address(tensor)]
+            if latest is not storage and not latest.version and not storage.version:
+                self._storages[_address(tensor)] = storage
 
     def _bind_twin(self, out: torch.Tensor, storage: _Storage, func: OpOverload) -> None:
         """A result that is another result of the same operation once more."""
@@ -396,6 +422,8 @@ class Recorder(TorchDispatchMode):
 
     def _emit(self, target: Any, args: Any, kwargs: Any, val: Any) -> Node:
         op = args[0] if target is ops.inplace else target
+        if target is getitem and args[0].meta["phase"] == "forward" != self.phase:
+            return next(n for n in args[0].users if n.args == args)  # of `_drawn_before`
         name = op.overloadpacket.__name__ if isinstance(op, OpOverload) else None
         node = self.graph.create_node("call_function", target, tuple(args), kwargs, name)
         place = self._place()
@@ -406,7 +434,24 @@ class Recorder(TorchDispatchMode):
             "calls": place.calls,
             "source": place.source,
         }
-        return node
+        if not ops.node_is_random(node):
+            return node
+        if self.phase == "forward":
+            self._draws.append(node)
+            return node
+        self.graph.erase_node(node)
+        return self._drawn_before(node)
+
+    def _drawn_before(self, node: Node) -> Node:
+        """The node of forward that holds the random numbers which backward draws once more."""
+        number = next(self._draws_again, None)
+        known = None if number is None else self._draws[number]
+        if known is None or _drawn(known) != _drawn(node):
+            raise CaptureError(
+                f"backward draws random numbers ({ops.operation(node)})",
+                hint="If this is torch.utils.checkpoint inside the model, switch it off.",
+            )
+        return known
 
     # -- small helpers
 
@@ -434,6 +479,14 @@ class Recorder(TorchDispatchMode):
 
     def _first_operation(self) -> Node:
         return next((n for n in self.graph.nodes if n.op != "placeholder"), self.graph._root)
+
+
+def _drawn(node: Node) -> Any:
+    """What random numbers depend on, besides the state of the generator."""
+    vals = node.meta["val"]
+    vals = vals if isinstance(vals, (tuple, list)) else (vals,)
+    geometry = [(v.size(), v.stride(), v.dtype, v.device) for v in vals]
+    return node.target, ops.operation(node), geometry
 
 
 def _address(tensor: torch.Tensor) -> int:

@@ -35,6 +35,7 @@ import torch
 from torch.fx import GraphModule
 
 from fxckpt import first_run, ops, tree
+from fxckpt.arguments import Arguments, Call
 from fxckpt.errors import CaptureError, FxckptError
 from fxckpt.first_run import Misfit
 from fxckpt.joint import Joint
@@ -93,7 +94,7 @@ class _Call:
     primals: Sequence[torch.Tensor]
     versions: list[int]
     state: Any
-    random_states: list[tuple[torch.device, torch.Tensor]]
+    random_states: dict[torch.device, torch.Tensor]
     before: dict[int, torch.Tensor]
 
 
@@ -125,6 +126,7 @@ class Captured:
         self.misfit: Misfit | None = None  # set if a first run showed that it must not run again
         self.autocast: AutocastState = autocast_state()
         self._decide = decide
+        self._needs_parts = bool(tape.changes.numbers) or tree.mentions_known(tape.spec)
         self._primals = {p.name: p for p in tape.primals}
         self._programs: dict[BackwardKey, Program] = {}
         self._expected = tape.expected_backward()
@@ -157,17 +159,20 @@ class Captured:
         container, key = self._primals[name].source
         return inputs[key] if container is None else container[key]
 
-    def guards_hold(self, inputs: Sequence[torch.Tensor]) -> bool:
-        """Whether the values that Python read during capture are the same for these inputs."""
+    def guards_hold(self, call: Call) -> bool:
+        """Whether the values that Python read during capture are the same for these arguments."""
+        changes, inputs = self.tape.changes, call.inputs
+        if changes.numbers and not changes.fit(call.parts()):
+            return False
         return all(g.holds(lambda name: self.lookup(name, inputs)) for g in self.tape.guards)
 
-    def __call__(self, inputs: Sequence[torch.Tensor]) -> Any:
-        """Runs forward on the flattened inputs; returns what the callable returns.
+    def __call__(self, arguments: Call) -> Any:
+        """Runs forward on the arguments; returns what the callable returns.
 
         Raises:
             Misfit: see `first_run`; nothing has happened then.
         """
-        program = self.program
+        program, inputs = self.program, arguments.inputs
         copied = program.written if None in program.untried else program.fragile
         with LOCK:  # another thread may be capturing, with other tensors in their places
             primals = [inputs[key] if held is None else held[key] for held, key in program.slots]
@@ -179,7 +184,7 @@ class Captured:
             primals,
             [p._version for p in primals],
             self.state(),
-            [(d, ops.read_rng_state(d)) for d in self._random_devices],
+            {d: ops.read_rng_state(d) for d in self._random_devices},
             {i: primals[i].clone() for i in copied},
         )
         extra = [primals[i] for i in program.extra_positions]
@@ -190,7 +195,7 @@ class Captured:
             return outputs
 
         try:
-            result, values = self._results(inputs, run)
+            result, values = self._results(arguments, run)
         except Misfit as misfit:
             self._undo(call, misfit)
             raise
@@ -216,21 +221,20 @@ class Captured:
         cotangents = [c is not None for c in self._expected.cotangents]
         return pure(joint, saved, moving, cotangents)
 
-    def run_transformed(self, inputs: Sequence[torch.Tensor]) -> Any:
+    def run_transformed(self, arguments: Call) -> Any:
         """Like a call, under transforms of `torch.func`.
 
         Raises:
             CaptureError: see `pure`.
         """
-        halves, slots = self.pure, self.program.slots
+        halves, slots, inputs = self.pure, self.program.slots, arguments.inputs
         primals = [inputs[key] if held is None else held[key] for held, key in slots]
-        result, _ = self._results(inputs, lambda: Transformed.apply(halves, *primals))
+        result, _ = self._results(arguments, lambda: Transformed.apply(halves, *primals))
         return result
 
-    def _results(
-        self, inputs: Sequence[torch.Tensor], run: Callable[[], Sequence[torch.Tensor]]
-    ) -> Any:
+    def _results(self, arguments: Call, run: Callable[[], Sequence[torch.Tensor]]) -> Any:
         """What the callable returns, and what it assigns, of the outputs of the graph."""
+        inputs = arguments.inputs
         unique = {id(r): r for r in self.tape.results}
         # Views of primals first: in the model, they mostly come before what is computed from them,
         # and autograd adds up gradients in the reverse order.
@@ -243,7 +247,11 @@ class Captured:
         for key, result in unique.items():
             if isinstance(result.origin, int):
                 made[key] = self._finish(result, outputs[result.origin])
-        return tree.unflatten(self.tape.spec, [made[id(r)] for r in self.tape.results])
+        tensors = iter([made[id(r)] for r in self.tape.results])
+        passed = arguments.parts() if self._needs_parts else ()
+        result, values = tree.unflatten(self.tape.spec, tensors, passed)
+        self.tape.changes.make(passed, tensors)
+        return result, values
 
     @staticmethod
     def _finish(result: Result, tensor: torch.Tensor) -> torch.Tensor:
@@ -257,7 +265,7 @@ class Captured:
     def _undo(self, call: _Call, misfit: Misfit) -> None:
         """Puts back what a forward that did not fit changed."""
         self.misfit = Misfit(misfit.op, misfit.learned)
-        for device, random_state in call.random_states:
+        for device, random_state in call.random_states.items():
             ops.generator(device).set_state(random_state)
         with torch.no_grad():
             for i, contents in call.before.items():
@@ -304,9 +312,9 @@ class Captured:
         wanted = [stand_ins[id(p)] for p in call.primals if p.requires_grad]
         inputs = [stand_ins.get(id(t), t) for t in call.inputs]
         with self._as_called(call, stand_ins), torch.enable_grad():
-            args, kwargs = tree.unflatten(self.input_spec, inputs)
-            results, _ = tree.flatten(self.original(*args, **kwargs))
-        by_origin = {r.origin: t for r, t in zip(self.tape.results, results, strict=False)}
+            results = self._results_again(Arguments(self.input_spec, inputs))
+        made = zip(self.tape.results, results, strict=True)
+        by_origin = {r.origin: t for r, t in made if t.requires_grad}
         pairs = [(_base(by_origin[i]), c) for i, c in enumerate(cotangents) if c is not None]
         grads = torch.autograd.grad(
             [t for t, _ in pairs],
@@ -318,6 +326,13 @@ class Captured:
         found = {id(t): g for t, g in zip(wanted, grads, strict=True)}
         extra = [None] * len(call.program.split.extra)
         return [*(found.get(id(stand_ins[id(p)])) for p in call.primals), *extra]
+
+    def _results_again(self, arguments: Arguments) -> list[torch.Tensor]:
+        """The tensors that the callable leaves in its result, in modules and in its arguments."""
+        result = self.original(*arguments.args, **arguments.kwargs)
+        values = [container[key] for container, key in self.tape.assigned]
+        contents = arguments.contents(self.tape.changes.numbers)
+        return tree.flatten((result, values, contents), known=arguments.known)[0]
 
     def _stand_ins(self, call: _Call) -> dict[int, torch.Tensor]:
         """What the model is run on again, for each primal of the call (by `id`).
@@ -344,7 +359,7 @@ class Captured:
         """The modes, random states and buffers as they were when forward was called."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(autocast_as(self.autocast))
-            for device, random_state in call.random_states:
+            for device, random_state in call.random_states.items():
                 stack.enter_context(ops.rng_state_as(random_state, device))
             if call.module is not None:
                 stack.enter_context(substituted(call.module, stand_ins))
@@ -403,6 +418,8 @@ class _Function(torch.autograd.Function):
         results = program.run(None, program.split.forward, list(primals[: len(program.slots)]))
         outputs = results[: len(program.joint.outputs)]
         ctx.set_materialize_grads(False)
+        for residual, device in program.split.first_states.items():  # not to be kept twice
+            call.random_states[device] = results[len(outputs) + residual]
         call.captured.mark_outputs(ctx, outputs)
         ctx.save_for_backward(
             *(primals[i] for i in program.saved_positions), *results[len(outputs) :]

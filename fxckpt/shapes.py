@@ -353,6 +353,19 @@ def grouped_mm(
     )
 
 
+def ctc_loss(
+    longest: int, log_probs: torch.Tensor, *_: Any, **__: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`torch._ctc_loss`, whose table has two rows for each label of the longest target."""
+    steps, batch, _labels = log_probs.size()
+    return log_probs.new_empty(batch), log_probs.new_empty(batch, steps, 2 * longest + 1)
+
+
 OWN: dict[OpOverload, Callable[..., Any]] = {
     torch.ops.aten._grouped_mm.default: grouped_mm,
+}
+
+# Those that also get, first, the largest element of one of their arguments; its position.
+SIZED_BY: dict[OpOverload, tuple[Callable[..., Any], int]] = {
+    torch.ops.aten._ctc_loss.Tensor: (ctc_loss, 3),
 }

@@ -28,7 +28,8 @@ class Split:
     `forward` takes the list of `primals` and returns (*outputs, *residuals); it changes the primals
     in `written`. `backward` takes the list (*saved_primals, *residuals, *cotangents) and returns a
     gradient, or None, for each of `primals`, then further contributions (see the note in `joint`)
-    to the gradients of `extra`. Both empty the list that they are given.
+    to the gradients of `extra`. Both empty the list that they are given. `first_states` tells
+    which residuals are the state in which the generator of a device is when forward begins.
     """
 
     forward: GraphModule
@@ -38,6 +39,7 @@ class Split:
     saved_primals: list[str]
     residuals: list[str]
     written: list[str]
+    first_states: dict[int, torch.device]
 
 
 def split(joint: Joint, saved: Collection[Node]) -> Split:
@@ -64,6 +66,7 @@ def split(joint: Joint, saved: Collection[Node]) -> Split:
         saved_primals,
         residuals,
         list(joint.writes),
+        _first_states(schedule),
     )
 
 
@@ -115,6 +118,19 @@ def _residual_name(residual: Residual) -> str:
     if isinstance(residual, Before):
         return f"before_{residual.node.name}"
     return residual.name
+
+
+def _first_states(schedule: Schedule) -> dict[int, torch.device]:
+    positions = {residual: i for i, residual in enumerate(schedule.residuals)}
+    found: dict[int, torch.device] = {}
+    drawn: set[torch.device] = set()
+    for step in schedule.forward:
+        if isinstance(step, State):
+            if ops.node_device(step.node) not in drawn:
+                found[positions[step]] = ops.node_device(step.node)
+        elif isinstance(step, Node) and ops.node_is_random(step):
+            drawn.add(ops.node_device(step))
+    return found
 
 
 class _Backward:

@@ -17,6 +17,7 @@ from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
 from fxckpt import invisible, ops, tree
+from fxckpt.arguments import Changes
 from fxckpt.errors import CaptureError
 from fxckpt.escapes import nothing_kept_by_backward
 from fxckpt.holders import Prepared
@@ -67,6 +68,7 @@ class Tape:
     results: list[Result]
     spec: tree.Spec  # structure of (the result, the values assigned to modules)
     assigned: list[Slot]  # where these values belong
+    changes: Changes  # of objects that were passed; the last of `results` belong to them
     guards: list[Guard]
     prepared: list[Prepared] = dataclasses.field(default_factory=list)  # that forward assigns once
     fingerprint: int = dataclasses.field(init=False)  # of what forward did
@@ -76,17 +78,22 @@ class Tape:
         nodes = self.recorder.graph.nodes
         operations = [(n.name, str(n.target), str(n.args), str(n.kwargs)) for n in nodes]
         results = [(r.origin, str(r.views)) for r in self.results]
-        self.fingerprint = hash((tuple(operations), tuple(results), self.spec))
+        changes = self.changes.numbers, str(self.changes.layouts), self.changes.spec
+        self.fingerprint = hash((tuple(operations), tuple(results), self.spec, changes))
 
     def expected_backward(self) -> BackwardKey:
         """The likely backward: of the loss if a scalar can be differentiated, else of all outputs.
 
-        Outputs that cannot be differentiated (because a tensor was changed in place) are left out.
+        Outputs that cannot be differentiated (because a tensor was changed in place) are left out,
+        and what is merely put into arguments, as into a cache, if there are others.
 
         Raises:
             CaptureError: if no output can be differentiated.
         """
         candidates = [i for i, t in enumerate(self.outputs) if t.requires_grad]
+        put = len(tree.names(self.changes.spec))
+        returned = {r.origin for r in self.results[: len(self.results) - put]}
+        candidates = [i for i in candidates if i in returned] or candidates
         scalars = [i for i in candidates if self.outputs[i].dim() == 0]
         key = self._key(scalars or candidates)
         try:

@@ -1,21 +1,22 @@
 """Nested arguments and results: tensors apart from the structure that holds them.
 
 `flatten` understands what `torch.utils._pytree` does (and whatever is registered there, such as
-transformers' `ModelOutput`), and beyond it dataclasses and plain objects that hold tensors in
-attributes, such as key/value caches. A `Spec` is hashable and compares by value, so that it can be
-part of a signature.
+transformers' `ModelOutput`), and beyond it plain objects, such as key/value caches (see `objects`).
+A `Spec` is hashable and compares by value, so that it can be part of a signature; it keeps no
+tensor, and no object that holds one.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-from collections.abc import Callable, Hashable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
+from fxckpt import objects
 from fxckpt.contents import reader
 from fxckpt.errors import CaptureError
 
@@ -24,8 +25,8 @@ from fxckpt.errors import CaptureError
 class Spec:
     """Structure of a nested object without its tensors.
 
-    `kind` is "tensor", "static" (`key` is the value made hashable), "node" (a registered pytree) or
-    "object" (a dataclass or object: `key` holds the attribute names).
+    `kind` is "tensor", "static" (`key` is the value made hashable), "node" (a registered pytree),
+    "object" (`key` is its layout) or "known" (`key` is a number that the caller gave to it).
     """
 
     kind: str
@@ -39,13 +40,23 @@ class Spec:
 _TENSOR = Spec("tensor")
 
 
-def flatten(tree: Any, *, open_objects: bool = False) -> tuple[list[torch.Tensor], Spec]:
+def flatten(
+    tree: Any,
+    *,
+    open_objects: bool = False,
+    parts: list[Any] | None = None,
+    known: Mapping[int, int] | None = None,
+    is_shared: Callable[[Any], bool] | None = None,
+) -> tuple[list[torch.Tensor], Spec]:
     """Takes the tensors out of `tree`, depth first.
 
     Args:
         tree: Anything.
         open_objects: Look into objects that hold no tensor too, so that `unflatten` copies them and
             two states of an object have two structures. Else they are static leaves.
+        parts: Gets whatever else is in the tree and has an identity that may matter, in order.
+        known: Objects, by `id`, of which the structure shall contain just a number.
+        is_shared: Tells which other objects are static leaves, whatever they contain.
 
     Returns:
         The tensors in order (one that occurs twice is listed twice), and the structure.
@@ -54,13 +65,23 @@ def flatten(tree: Any, *, open_objects: bool = False) -> tuple[list[torch.Tensor
         CaptureError: if an object that holds tensors contains itself.
     """
     tensors: list[torch.Tensor] = []
-    return tensors, _flatten(tree, tensors, (), open_objects)
+    walk = _Walk(tensors, [] if parts is None else parts, known or {}, is_shared, open_objects)
+    return tensors, _flatten(tree, walk, ())
 
 
-def unflatten(spec: Spec, tensors: Sequence[Any]) -> Any:
-    """The inverse of `flatten`: containers are built anew, static leaves are shared."""
+def unflatten(spec: Spec, tensors: Iterable[Any], known: Sequence[Any] = ()) -> Any:
+    """The inverse of `flatten`: containers are built anew, static leaves are shared.
+
+    Raises:
+        CaptureError: if there is an object that cannot be built anew.
+    """
     source = iter(tensors)
-    return _unflatten(spec, lambda: next(source))
+    return _unflatten(spec, lambda: next(source), known)
+
+
+def mentions_known(spec: Spec) -> bool:
+    """Whether `unflatten` needs known objects."""
+    return spec.kind == "known" or any(map(mentions_known, spec.children))
 
 
 def names(spec: Spec, prefix: str = "") -> list[str]:
@@ -68,36 +89,57 @@ def names(spec: Spec, prefix: str = "") -> list[str]:
     if spec.kind == "tensor":
         return [prefix]
     if spec.kind == "object":
-        keys = [f".{k}" for k in spec.payload[0]]
+        keys = spec.payload.names()
     elif spec.kind == "node" and isinstance(spec.payload, list) and spec.type is not list:
-        keys = [f"[{k!r}]" for k in spec.payload]
+        of_items = spec.payload[1] if spec.type is defaultdict else spec.payload
+        keys = [f"[{k!r}]" for k in of_items]
     else:
         keys = [f"[{i}]" for i in range(len(spec.children))]
     return [n for k, c in zip(keys, spec.children, strict=True) for n in names(c, prefix + k)]
 
 
-def _flatten(
-    tree: Any, tensors: list[torch.Tensor], above: tuple[int, ...], open_objects: bool
-) -> Spec:
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Walk:
+    """What `flatten` collects, and how."""
+
+    tensors: list[torch.Tensor]
+    parts: list[Any]
+    known: Mapping[int, int]
+    is_shared: Callable[[Any], bool] | None
+    open_objects: bool
+
+
+def _flatten(tree: Any, walk: _Walk, above: tuple[int, ...]) -> Spec:
     if isinstance(tree, torch.Tensor):
-        tensors.append(tree)
+        walk.tensors.append(tree)
         return _TENSOR
     kind = type(tree)
     if kind in _ATOMS:
         return Spec("static", kind, repr(tree) if kind in (float, complex) else tree, (), tree)
+    if id(tree) in walk.known:
+        return Spec("known", kind, walk.known[id(tree)])
     if id(tree) in above:
         raise CaptureError(f"an argument or result of type {kind.__name__} contains itself")
     if isinstance(tree, torch.nn.Module):
         raise CaptureError(f"an argument or result is a module ({kind.__name__})")
-    above = (*above, id(tree))
-    children, context = _children(tree, open_objects)
-    if children is None:
+    if walk.is_shared is not None and walk.is_shared(tree):
         return Spec("static", kind, static_key(tree), (), tree)
-    specs = tuple(_flatten(child, tensors, above, open_objects) for child in children)
+    walk.parts.append(tree)
+    above = (*above, id(tree))
     handler = pytree.SUPPORTED_NODES.get(pytree._get_node_type(tree))
     if handler is not None:
+        children, context = handler.flatten_fn(tree)
+        specs = tuple(_flatten(child, walk, above) for child in children)
         return Spec("node", kind, static_key(context), specs, context, handler.unflatten_fn)
-    return Spec("object", kind, tuple(context[0]), specs, context)
+    found = objects.inside(tree)
+    holds = found is not None and holds_tensor(tree)
+    if found is None or not (holds or (walk.open_objects and _is_tree(tree, ()))):
+        return Spec("static", kind, static_key(tree), (), tree)
+    layout, inner = found
+    specs = tuple(_flatten(child, walk, above) for child in inner)
+    if not holds and objects.is_unique(kind):
+        return Spec("static", kind, (layout, specs), (), tree)
+    return Spec("object", kind, layout_key(layout), specs, layout)
 
 
 _ATOMS: frozenset[type] = frozenset(
@@ -105,27 +147,18 @@ _ATOMS: frozenset[type] = frozenset(
 )
 
 
-def _children(tree: Any, open_objects: bool) -> tuple[Sequence[Any] | None, Any]:
-    """Children and what is needed to rebuild the parent; no children (None) makes a static leaf."""
+def _children(tree: Any) -> Sequence[Any]:
+    """What lies in a registered container or an object."""
     handler = pytree.SUPPORTED_NODES.get(pytree._get_node_type(tree))
     if handler is not None:
-        return handler.flatten_fn(tree)
-    attributes = _attributes(tree)
-    if attributes is None:
-        return None, None
-    if not _holds_tensor(tree, 0, set()) and not (open_objects and _is_tree(tree, ())):
-        return None, None
-    return list(attributes.values()), (list(attributes), tree)
+        return handler.flatten_fn(tree)[0]
+    found = objects.inside(tree)
+    return () if found is None else found[1]
 
 
-def _attributes(tree: Any) -> dict[str, Any] | None:
-    if isinstance(tree, (type, torch.nn.Module, torch.device, torch.dtype)) or callable(tree):
-        return None
-    if hasattr(tree, "__dict__"):
-        return vars(tree)
-    if dataclasses.is_dataclass(tree):
-        return {f.name: getattr(tree, f.name) for f in dataclasses.fields(tree)}
-    return None
+def holds_tensor(tree: Any) -> bool:
+    """Whether there is a tensor in something, a few levels deep."""
+    return _holds_tensor(tree, 0, set())
 
 
 def _holds_tensor(tree: Any, depth: int, seen: set[int]) -> bool:
@@ -134,12 +167,7 @@ def _holds_tensor(tree: Any, depth: int, seen: set[int]) -> bool:
     if type(tree) in _ATOMS or depth > 6 or id(tree) in seen:
         return False
     seen.add(id(tree))
-    handler = pytree.SUPPORTED_NODES.get(pytree._get_node_type(tree))
-    if handler is not None:
-        children: Any = handler.flatten_fn(tree)[0]
-    else:
-        children = (_attributes(tree) or {}).values()
-    return any(_holds_tensor(c, depth + 1, seen) for c in children)
+    return any(_holds_tensor(c, depth + 1, seen) for c in _children(tree))
 
 
 def _is_tree(tree: Any, above: tuple[int, ...]) -> bool:
@@ -148,26 +176,26 @@ def _is_tree(tree: Any, above: tuple[int, ...]) -> bool:
         return True
     if id(tree) in above or len(above) > 6:
         return False
-    handler = pytree.SUPPORTED_NODES.get(pytree._get_node_type(tree))
-    children = handler.flatten_fn(tree)[0] if handler else (_attributes(tree) or {}).values()
-    return all(_is_tree(child, (*above, id(tree))) for child in children)
+    return all(_is_tree(child, (*above, id(tree))) for child in _children(tree))
 
 
-def _unflatten(spec: Spec, take: Callable[[], Any]) -> Any:
+def _unflatten(spec: Spec, take: Callable[[], Any], known: Sequence[Any]) -> Any:
     if spec.kind == "tensor":
         return take()
     if spec.kind == "static":
         return spec.payload
-    children = [_unflatten(child, take) for child in spec.children]
-    assert spec.type is not None
+    if spec.kind == "known":
+        assert isinstance(spec.key, int)
+        return known[spec.key]
+    children = [_unflatten(child, take, known) for child in spec.children]
     if spec.kind == "node":
         return spec.unflatten(children, spec.payload)
-    keys, template = spec.payload
-    if not hasattr(template, "__dict__"):
-        return dataclasses.replace(template, **dict(zip(keys, children, strict=True)))
-    rebuilt = copy.copy(template)
-    vars(rebuilt).update(zip(keys, children, strict=True))
-    return rebuilt
+    return objects.create(spec.type, spec.payload, children)
+
+
+def layout_key(layout: objects.Layout) -> Hashable:
+    """What is compared of a layout: its keys with their types."""
+    return (*layout[2:], layout.base, static_key(layout.keys) if layout.keys else ())
 
 
 def static_key(value: Any, depth: int = 0) -> Hashable:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils._device import DeviceContext
 
 from fxckpt import transforms
+from fxckpt.arguments import Call
 from fxckpt.capture import is_capturing
 from fxckpt.captures import Captures, Options
 from fxckpt.errors import CaptureError, FallbackWarning, FxckptError
@@ -55,14 +56,14 @@ class Unit:
             return original_forward(module)(*args, **kwargs)
         if transforms.is_active():
             return self._run_transformed(module, args, kwargs)
-        found, inputs = self.captures.find(module, args, kwargs)
+        found, call = self.captures.find(module, args, kwargs)
         if isinstance(found, CaptureError):
             return self._run_eagerly(module, args, kwargs, found)
         if found is None:
             return original_forward(module)(*args, **kwargs)
         self.latest = found
         with contextlib.suppress(Misfit):
-            return found(inputs)
+            return found(_required(call))
         return self(module, args, kwargs)  # captured anew
 
     def prepare(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -184,11 +185,11 @@ class Part:
             return original_forward(module)(*args, **kwargs)
         if self._owner() is not module or self._is_cast_once(whole):
             return original_forward(module)(*args, **kwargs)
-        found, inputs = self._captures.find(module, args, kwargs)
+        found, call = self._captures.find(module, args, kwargs)
         if isinstance(found, Captured) and found.saves_memory:
             self.latest = found
             with contextlib.suppress(Misfit):
-                return found(inputs)
+                return found(_required(call))
             self._latest_run = 0
             return self(module, args, kwargs)  # captured anew
         failure = found if isinstance(found, CaptureError) and not found.may_pass else None
@@ -220,6 +221,11 @@ class Part:
 
     def __deepcopy__(self, _: Any) -> Part:
         return self
+
+
+def _required(call: Call | None) -> Call:
+    assert call is not None, "something was captured for it"
+    return call
 
 
 def _how_it_runs(saving: list[str]) -> str:

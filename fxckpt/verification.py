@@ -68,7 +68,7 @@ Observation = list[tuple[str, torch.Tensor | None]]
 def _observe(model: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Observation:
     """Everything that one step of `forward` leaves behind; the model is as before."""
     with _undone(model):
-        inputs, spec = tree.flatten((args, kwargs))
+        inputs, spec = tree.flatten((args, kwargs), open_objects=True)
         fresh = [t.detach().clone().requires_grad_(t.requires_grad) for t in inputs]
         call_args, call_kwargs = tree.unflatten(spec, fresh)
         with torch.enable_grad():

@@ -22,8 +22,10 @@ from helpers import (
     Function,
     Stack,
     assert_same,
+    assert_same_training,
     call,
     captures,
+    chain,
     content,
     describe,
     grads_of,
@@ -544,6 +546,55 @@ def test_hooks_of_submodules_do_not_run_twice() -> None:
         fxckpt.rewrite(make(), "nothing", strict=True, example_inputs=(x,))
 
 
+def doubled(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return torch.mul(output, 2 if module.training else 3)
+
+
+def wants_gradient(_: nn.Module, args: Any, output: Tensor) -> None:
+    output.requires_grad_(True)
+
+
+def halved(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(x / 2 for x in args)
+
+
+def test_hooks_that_only_compute_are_captured() -> None:
+    def make() -> nn.Module:
+        model = chain(2, 4)
+        model[0].requires_grad_(False)
+        model[0].register_forward_hook(wants_gradient)
+        model[1].register_forward_hook(doubled)
+        model[2].register_forward_pre_hook(halved)
+        return model
+
+    assert_same_training(make, lambda _: torch.randn(3, 4))
+
+
+def printing(_: nn.Module, args: Any, output: Tensor) -> None:
+    print(output.shape)
+
+
+def importing(_: nn.Module, args: Any, output: Tensor) -> None:
+    import time
+
+    time.sleep(0)
+
+
+def collecting(_: nn.Module, args: Any, output: Tensor) -> None:
+    FORWARDS.append(output.shape)
+
+
+FORWARDS: list[Any] = []
+
+
+@pytest.mark.parametrize("hook", [printing, importing, collecting])
+def test_hooks_that_do_something_else_are_not(hook: Callable[..., None]) -> None:
+    model = chain(2, 4)
+    model[1].register_forward_hook(hook)
+    with pytest.raises(CaptureError, match=f"a hook is registered \\({hook.__name__}"):
+        fxckpt.rewrite(model, "nothing", strict=True)(torch.randn(3, 4))
+
+
 def test_hooks_of_parameters_and_inputs_do_not_run() -> None:
     seen: list[str] = []
     model = Function(lambda m, x: (x @ m.weight).sin())
@@ -897,3 +948,28 @@ def test_tensors_of_one_name_are_told_apart(policy: str) -> None:
         out = each(x, weight=weight)
         found.append([out, *torch.autograd.grad(out.sum(), [model.weight, weight])])
     assert all(map(torch.equal, *found))
+
+
+def clamped(gradient: Tensor) -> Tensor:
+    return gradient.clamp(-0.1, 0.1)
+
+
+def hooked_inside(m: Function, x: Tensor) -> tuple[Tensor, Tensor]:
+    """On a result that is returned as well, and on one that is removed again."""
+    y = (x @ m.weight).tanh()
+    y.register_hook(clamped)
+    y.register_hook(lambda gradient: gradient * 2)
+    y.register_hook(clamped).remove()
+    return y, y.sin() * y
+
+
+def test_hooks_of_results_that_only_compute_are_captured() -> None:
+    assert_same_training(lambda: Function(hooked_inside), lambda _: rows().requires_grad_())
+
+
+def test_hooks_of_inputs_inside_of_forward_are_refused() -> None:
+    def forward(m: Function, x: Tensor) -> Tensor:
+        x.register_hook(clamped)
+        return (x @ m.weight).sin()
+
+    inexact_is_refused(forward, [lambda: (rows().requires_grad_(),)] * 2)

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 import fxckpt
 from fxckpt import CaptureError, FallbackWarning
+from fxckpt.escapes import Escapes
 
 Forward = Callable[[Function, Tensor], Tensor]
 
@@ -496,3 +497,30 @@ def test_order_of_a_set_is_no_change() -> None:
         total(model(x)).backward()
     assert captures(model)
     assert model.numbers == {9, 64}
+
+
+class Nested(nn.Module):
+    """Layers in layers, the innermost of which cannot be captured."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.inner = Nested(depth - 1) if depth else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x).tanh()
+        if self.inner is None:
+            return x if x.sum() > 0 else -x
+        return self.inner(x * 2)
+
+
+def test_a_failed_capture_leaves_nothing_to_be_searched_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each search goes through all objects of the process."""
+    searches = []
+    search = Escapes._referrers
+    monkeypatch.setattr(Escapes, "_referrers", lambda *a: searches.append(1) or search(*a))
+    with pytest.warns(FallbackWarning, match="floating-point data"):
+        fxckpt.rewrite(Nested(3), "nothing")(torch.randn(2, 4)).sum().backward()
+    assert not searches

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import Function, assert_same_training
 from torch import Tensor, nn
 
 import fxckpt
@@ -111,3 +112,13 @@ class Sparse(nn.Module):
 def test_sparse_results_are_named() -> None:
     with pytest.raises(fxckpt.CaptureError, match=r"layout torch.sparse_coo is used at test_recor"):
         fxckpt.rewrite(Sparse(), "nothing", strict=True)(torch.ones(2, 4))
+
+
+def test_a_tensor_that_an_unsafe_view_replaced_is_used_again() -> None:
+    """`torch.kron` reshapes its operands so."""
+
+    def forward(m: Function, x: Tensor) -> list[Tensor]:
+        h = torch.tanh(x @ m.weight)
+        return [torch.kron(h, h[:1]).exp(), torch.kron(h, h).T, h.T * 2]
+
+    assert_same_training(lambda: Function(forward), lambda _: torch.randn(3, 4))

@@ -720,6 +720,23 @@ def test_nothing_is_held_after_a_step(policy: str) -> None:
     assert watched() is None
 
 
+def test_the_random_state_at_the_start_is_kept_once() -> None:
+    """Replays of dropout and the second run of forward (`create_graph`) need the same one."""
+
+    def states() -> set[int]:
+        tensors = [t for t in gc.get_objects() if type(t) is Tensor and t.dtype == torch.uint8]
+        size = torch.get_rng_state().numel()
+        return {t.untyped_storage().data_ptr() for t in tensors if t.numel() == size}
+
+    model = fxckpt.rewrite(nn.Sequential(nn.Linear(64, 64), nn.Dropout(), nn.Tanh()), "nothing")
+    for _ in range(3):
+        gc.collect()
+        before = states()
+        result = model(torch.randn(256, 64))
+        assert len(states() - before) == 1
+        result.sum().backward()
+
+
 def test_rewritten_model_is_freed() -> None:
     model = fxckpt.rewrite(Stack(), "nothing", strict=True)
     total(model(batch())).backward()

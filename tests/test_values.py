@@ -172,3 +172,25 @@ def test_transformer_with_a_mask() -> None:
         results.append(record)
     assert_same(*results)
     assert len(captures(model)) == 2
+
+
+# --- lengths that fix the size of a table --------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_lengths_of_ctc_may_change(reduction: str) -> None:
+    """Only the length of the longest target decides on a graph."""
+
+    def forward(m: Any, x: Tensor, targets: Tensor, inputs: Tensor, lengths: Tensor) -> Tensor:
+        scores = torch.tanh(x @ m.weight).log_softmax(-1)
+        return nn.functional.ctc_loss(scores, targets, inputs, lengths, 0, reduction, True)
+
+    def batch(number: int) -> Any:
+        lengths = torch.tensor([3, 1 + number % 3])
+        targets = torch.randint(1, 4, (2, 3))
+        return torch.randn(9, 2, 4), targets, torch.tensor([9, 8 - number]), lengths
+
+    model = exact(forward, [batch(i) for i in range(4)])
+    assert len(captures(model)) == 1
+    shorter = (*batch(0)[:3], torch.tensor([2, 1]))
+    exact(forward, [batch(0), shorter, batch(1)])

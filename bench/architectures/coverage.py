@@ -47,7 +47,27 @@ def markdown(rows: Sequence[Row], policies: Sequence[str]) -> str:
     )
     sections = [introduction, "## Totals\n", totals(rows), "\n## Not captured whole\n"]
     sections += [*_reasons(rows), "\n## Architectures\n", _table(rows, policies)]
+    sections += ["\n## Not in the zoo\n", _absent(rows)]
     return "\n".join(sections) + "\n"
+
+
+def _absent(rows: Sequence[Row]) -> str:
+    """The model types of transformers that no row is about."""
+    from transformers import CONFIG_MAPPING
+
+    present = {row.name.removeprefix("hf/").partition("+")[0] for row in rows}
+    absent = sorted(name for name in CONFIG_MAPPING if name not in present)
+    return _ABSENT.format(count=len(absent), names=", ".join(f"`{name}`" for name in absent))
+
+
+_ABSENT = """\
+Of the model types of transformers, these {count} are not in the zoo. They want another library
+(timm, natten), millions of parameters at their smallest, inputs of several kinds that fit together
+(positions of patches, memories, prompts, features of other models), or settings that a small model
+cannot have; or they are parts that no model class of their own exists for.
+
+{names}
+"""
 
 
 def totals(rows: Sequence[Row]) -> str:

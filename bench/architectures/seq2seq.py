@@ -4,7 +4,7 @@ from typing import Any
 
 from bench.architectures import data
 from bench.architectures.case import Architecture
-from bench.architectures.tiny import families, unchanged
+from bench.architectures.tiny import architecture, families, unchanged
 
 _TEXTS: dict[str, dict[str, Any]] = {
     **unchanged(
@@ -39,4 +39,6 @@ def all_of() -> list[Architecture]:
             started,
             whole=whole,
         )
-    return found
+    name, settings = "encoder-decoder", {"decoder_start_token_id": 3}
+    batch = data.translated_tokens
+    return [*found, architecture(name, name, "EncoderDecoderModel", batch, settings)]

@@ -5,6 +5,7 @@ Dropout, layer drop, activations and all other settings keep their defaults.
 
 import dataclasses
 import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -105,14 +106,18 @@ def build(model_class: str, model_type: str, overrides: dict[str, Any]) -> nn.Mo
     """A model with such a configuration, in train mode.
 
     Args:
-        model_class: a name in transformers; `AutoModel...` chooses the class by the configuration.
+        model_class: a name in transformers, or in the file of the model type; `AutoModel...`
+            chooses the class by the configuration.
         model_type: see `configuration`.
         overrides: see `configuration`.
     """
     import transformers
 
-    cls = getattr(transformers, model_class)
     config = configuration(model_type, **overrides)
+    cls = getattr(transformers, model_class, None)
+    if cls is None:
+        file = type(config).__module__.replace(".configuration_", ".modeling_")
+        cls = getattr(importlib.import_module(file), model_class)
     model = cls.from_config(config) if model_class.startswith("AutoModel") else cls(config)
     return model.train()
 

@@ -1,0 +1,53 @@
+"""`torch.utils.checkpoint` inside of a captured program.
+
+What it computes again in backward is recorded as operations of backward. Only random numbers are
+not drawn again: it would put the generator back into the state that it had in forward, so these are
+the numbers of forward.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch.utils.checkpoint
+
+from fxckpt.recorder import Recorder
+
+
+class _Again:
+    """A checkpointed function, as backward calls it."""
+
+    def __init__(self, fn: Any, recorder: Recorder) -> None:
+        self._fn, self._recorder, self._draws = fn, recorder, range(0)
+
+    def followed(self, steps: Iterator[None]) -> Iterator[None]:
+        """Notes what is drawn between the steps of a checkpoint: before and after forward."""
+        first = self._recorder.draws
+        yield from steps
+        self._draws = range(first, self._recorder.draws)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self._recorder.drawing_again(self._draws):
+            return self._fn(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def followed(recorder: Recorder) -> Iterator[None]:
+    """While active, checkpoints of this thread tell the recorder what they draw again."""
+    original: Any = torch.utils.checkpoint._checkpoint_without_reentrant_generator
+    thread = threading.get_ident()
+
+    def checkpointing(fn: Any, preserve_rng_state: bool, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != thread or not preserve_rng_state:
+            return original(fn, preserve_rng_state, *args, **kwargs)
+        again = _Again(fn, recorder)
+        return again.followed(original(again, preserve_rng_state, *args, **kwargs))
+
+    with mock.patch.object(
+        torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", checkpointing
+    ):
+        yield
