@@ -83,6 +83,8 @@ def test_no_decision_is_better_than_the_bound(joint: Joint) -> None:
         optimum = min(seconds for peak, seconds in decisions if peak <= budget)
         plan = planner.plan(budget)
         assert plan.peak <= budget
+        bound = planner._search.bound(budget)  # before it is capped by the plan
+        assert (bound or 0.0) <= optimum * (1 + 1e-6) + 1e-12
         assert plan.bound <= optimum * (1 + 1e-6)
         assert plan.seconds <= optimum * (1 + plan.gap) * (1 + 1e-6)
     with pytest.raises(BudgetError):
