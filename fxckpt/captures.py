@@ -34,11 +34,15 @@ _MOST_IN_VAIN = 8  # captures for calls of one kind, none of which was used agai
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Options:
-    """What `rewrite` was called with."""
+    """What `rewrite` was called with.
+
+    `nests` says whether it also decides inside of something else that is captured.
+    """
 
     decide: Decide
     cache_size: int
     strict: bool
+    nests: bool = True
 
 
 Key = tuple[int | None, Hashable]  # state of the module; modes and arguments

@@ -25,6 +25,7 @@ Every node carries in `meta`:
     source       the user's source line, "file.py:31"
     alias        the node whose storage it is a view of, if it is a view (views are free)
     like         of memory made after a tensor (`zeros_like`), the node of that tensor; not read
+    nest         the checkpoints inside of the captured one that it is computed in, see `nests`
     tags         names given by `fxckpt.name`
     kind         what a primal is, see `Primal`
 """

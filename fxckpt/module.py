@@ -130,7 +130,8 @@ def rewrite_(
         )
     if is_rewritten(model):
         restore_(model)
-    install(model, Unit(model, Options(decide, cache_size, strict)))
+    nests = budget is None and plan is None  # a plan is one for the whole
+    install(model, Unit(model, Options(decide, cache_size, strict, nests)))
     if example_inputs is not None:
         try:
             args, kwargs = _example(example_inputs)

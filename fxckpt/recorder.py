@@ -32,10 +32,12 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
 from torch.utils import _python_dispatch
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxckpt import ops, shapes
 from fxckpt.errors import CaptureError
+from fxckpt.joint import root
 from fxckpt.places import Place
 
 aten = torch.ops.aten
@@ -119,6 +121,7 @@ class Recorder(TorchDispatchMode):
         self.graph = Graph()
         self.fake_mode, self._adopt, self._place, self._read = fake_mode, adopt, place, read
         self.phase = "forward"
+        self.nest: tuple[Any, ...] = ()  # the checkpoints that are running, see `nests`
         self._storages: dict[int, _Storage] = {}
         self._entries: dict[int, _Entry] = {}
         self._nonzero: dict[Node, torch.Tensor] = {}  # of masks, by their contents
@@ -420,6 +423,20 @@ class Recorder(TorchDispatchMode):
         self._track(out, self._emit(aten.clone.default, (node,), {}, out), None)
         return out
 
+    def run_within(self, checkpoint: Any, forward: Callable[[], Any]) -> Any:
+        """Runs what belongs to a checkpoint inside of the captured one; its results do not."""
+        outer, self.nest = self.nest, (*self.nest, checkpoint)
+        try:
+            result = forward()
+        finally:
+            inner, self.nest = self.nest, outer
+        for tensor in pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and self.knows(tensor):
+                meta = root(self.node_for(tensor)).meta
+                if meta.get("nest") == inner:
+                    meta["nest"] = outer
+        return result
+
     def _emit(self, target: Any, args: Any, kwargs: Any, val: Any) -> Node:
         op = args[0] if target is ops.inplace else target
         if target is getitem and args[0].meta["phase"] == "forward" != self.phase:
@@ -434,6 +451,8 @@ class Recorder(TorchDispatchMode):
             "calls": place.calls,
             "source": place.source,
         }
+        if self.nest and self.phase == "forward":
+            node.meta["nest"] = self.nest
         if not ops.node_is_random(node):
             return node
         if self.phase == "forward":

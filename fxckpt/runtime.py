@@ -41,6 +41,7 @@ from fxckpt.first_run import Misfit
 from fxckpt.joint import Joint
 from fxckpt.locks import LOCK
 from fxckpt.modes import AutocastState, autocast_as, autocast_state
+from fxckpt.nests import with_nests
 from fxckpt.schedule import Choice, read_before_written
 from fxckpt.split import Split, backward_from, kept_bytes, split
 from fxckpt.state import substituted
@@ -214,12 +215,13 @@ class Captured:
         """
         if self.tape.assigned:
             raise CaptureError("forward assigns to a module under a torch.func transform")
-        joint = self.tape.joint(self._expected)
-        names = {node.name for node in self._decide(joint)}
-        saved = {node for node in joint.forward_nodes() if node.name in names}
+        joint, choice = self.tape.joint(self._expected), self._chosen(self._expected)[1]
+        if choice.joint is not None:  # that of a plan, whose values have the same names
+            names = {node.name for node in choice}
+            choice = Choice(frozenset(n for n in joint.forward_nodes() if n.name in names))
         moving = {p.name for p in self.tape.primals if p.requires_grad}
         cotangents = [c is not None for c in self._expected.cotangents]
-        return pure(joint, saved, moving, cotangents)
+        return pure(joint, choice, moving, cotangents)
 
     def run_transformed(self, arguments: Call) -> Any:
         """Like a call, under transforms of `torch.func`.
@@ -387,7 +389,9 @@ class Captured:
         """What is decided, and the graph that it is decided for."""
         joint = self.tape.joint(key)
         choice = Choice.of(self._decide(joint))
-        return choice.joint or joint, choice
+        if choice.joint is not None:
+            return choice.joint, choice
+        return joint, with_nests(joint, choice)
 
     def _compile(self, key: BackwardKey) -> Program:
         joint, choice = self._chosen(key)

@@ -39,7 +39,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -91,11 +91,16 @@ class Choice(Collection[Node]):
         saved: The values to keep.
         transient: See the note on values that are let go.
         joint: The graph that these are values of, if it is another one than was asked about.
+        stays: For some transient values, between which operations of backward they stay, if it is
+            not from the first that reads them to the last.
     """
 
     saved: frozenset[Node]
     transient: frozenset[Node] = frozenset()
     joint: Joint | None = dataclasses.field(default=None, compare=False, repr=False)
+    stays: Mapping[Node, tuple[int, int]] = dataclasses.field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     @staticmethod
     def of(saved: Collection[Node]) -> Choice:
@@ -164,7 +169,7 @@ class Scheduler:
         """
         choice = Choice.of(saved)
         transient = {n for n in choice.transient if producer(n) not in self.random}
-        made = _Backward(self, choice.saved, transient)
+        made = _Backward(self, choice.saved, transient, {**self.stays, **choice.stays})
         backward = made.steps()
         return Schedule(
             self._forward_steps(made.residuals),
@@ -214,13 +219,17 @@ class _Backward:
     """The steps of backward for one decision, and what they need of forward."""
 
     def __init__(
-        self, scheduler: Scheduler, saved: Collection[Node], transient: Collection[Node]
+        self,
+        scheduler: Scheduler,
+        saved: Collection[Node],
+        transient: Collection[Node],
+        stays: Mapping[Node, tuple[int, int]],
     ) -> None:
         self.primals: set[Node] = set()
         self.residuals: list[Residual] = []
         self.recomputed: list[Node] = []
         self.states: dict[Node, State] = {}
-        self._saved, self._transient = saved, transient
+        self._saved, self._transient, self._stays = saved, transient, stays
         self._scheduler = scheduler
         self._available = set(scheduler.joint.cotangents)
         self._passing: set[Node] = set()  # the transient ones among these
@@ -239,7 +248,7 @@ class _Backward:
 
     def _let_go(self, position: int) -> None:
         """Forgets what is transient and not between its readers, views of it included."""
-        owner, stays = self._scheduler.owner, self._scheduler.stays
+        owner, stays = self._scheduler.owner, self._stays
         never = (position + 1, position)
         for node in [*self._passing]:
             first, last = stays.get(owner[node], never)

@@ -35,7 +35,7 @@ from fxckpt.codegen import graph_module
 from fxckpt.errors import CaptureError
 from fxckpt.invisible import outside_of_modes
 from fxckpt.joint import Joint, is_value, producer
-from fxckpt.schedule import Scheduler, recomputation
+from fxckpt.schedule import Choice, Scheduler, recomputation
 
 _functorch = torch._C._functorch
 
@@ -178,14 +178,12 @@ def _unbatched(grad: torch.Tensor, dim: int | None) -> torch.Tensor:
     return grad.sum(0) if dim is None else grad.movedim(0, dim)
 
 
-def pure(
-    joint: Joint, saved: set[Node], moving: Collection[str], cotangents: Sequence[bool]
-) -> Pure:
+def pure(joint: Joint, choice: Choice, moving: Collection[str], cotangents: Sequence[bool]) -> Pure:
     """Splits a joint graph into pure functions.
 
     Args:
         joint: The graph.
-        saved: The values that backward may keep; random ones are kept in any case.
+        choice: What backward may keep; random values are kept in any case.
         moving: The names of the primals that are differentiated.
         cotangents: For each output, whether it has a cotangent in the joint graph.
 
@@ -201,7 +199,7 @@ def pure(
     random = {n for n in joint.forward_nodes() if ops.node_is_random(n)}
     drawn = {n for n in joint.forward_nodes() if is_value(n) and producer(n) in random}
     scheduler = Scheduler(joint)
-    schedule = scheduler.schedule(saved | drawn)
+    schedule = scheduler.schedule(dataclasses.replace(choice, saved=choice.saved | drawn))
     residuals = [r for r in schedule.residuals if isinstance(r, Node)]
     assert len(residuals) == len(schedule.residuals), "nothing is drawn again or copied"
     primals = [*joint.primals.values()]
@@ -270,15 +268,13 @@ class _Emitter:
 
     def run(self, step: Any) -> None:
         assert isinstance(step, Node)
-        if step in self._copies or step.op != "call_function":
-            return
         target, args, kwargs = recomputation(step)
         args, kwargs = torch.fx.node.map_arg((args, kwargs), self._copies.__getitem__)
         if target is ops.inplace:
             op, plan, *rest = args
             target, args = ops.purely, (op, [(key, view, True) for key, view, _ in plan], *rest)
-        if (like := self._copies.get(step.meta.get("like", step))) is not None:
-            target, args = ops.made_like, (target, like, *args)
+        if (like := step.meta.get("like")) in self._copies:
+            target, args = ops.made_like, (target, self._copies[like], *args)
         target = _ON_ANY_STRIDES.get(target, target)
         self._copies[step] = self._graph.call_function(target, tuple(args), dict(kwargs))
         self._copies[step].meta["region"] = step.meta.get("path", "")

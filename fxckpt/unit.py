@@ -21,8 +21,10 @@ from fxckpt.errors import CaptureError, FallbackWarning, FxckptError
 from fxckpt.first_run import Misfit
 from fxckpt.installation import original_forward
 from fxckpt.modes import autocast_state
+from fxckpt.nests import Nested
 from fxckpt.parts import Parts
 from fxckpt.places import ROOT, Position, stack_level_of_user
+from fxckpt.recorder import current_recorder
 from fxckpt.runtime import Captured
 
 
@@ -52,6 +54,8 @@ class Unit:
         """Runs the module's forward: the captured one if gradients may be wanted."""
         if not (module.training and torch.is_grad_enabled()):
             return original_forward(module)(*args, **kwargs)
+        if is_capturing():
+            return self._run_within(module, args, kwargs)
         if _is_traced(module):
             return original_forward(module)(*args, **kwargs)
         if transforms.is_active():
@@ -95,6 +99,14 @@ class Unit:
 
     def __deepcopy__(self, _: Any) -> Unit:
         return self  # until `for_module` sees that its module is a copy
+
+    def _run_within(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Runs the forward while something around it is captured."""
+        recorder = current_recorder()
+        if recorder is None or not self.options.nests:
+            return original_forward(module)(*args, **kwargs)
+        checkpoint = Nested(self.options.decide)
+        return recorder.run_within(checkpoint, lambda: original_forward(module)(*args, **kwargs))
 
     def _run_transformed(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Runs the forward under transforms of `torch.func`."""

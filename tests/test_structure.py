@@ -55,6 +55,7 @@ LAYERS = (
     "policies",
     "lean",
     "schedule",
+    "nests",
     "reinplace",
     "workspace",
     "ledger",
