@@ -3,6 +3,7 @@
     python bench/func.py
 
 Of a multilayer perceptron; runs are interleaved, times are medians relative to the model as it is.
+The last rows are the same network in JAX, compiled for the CPU: what XLA says it needs, and times.
 """
 
 import statistics
@@ -25,14 +26,14 @@ import fxckpt
 from bench.measure import peak_and_saved
 from bench.networks import MLP
 
-ROUNDS = 5
+ROUNDS, SAMPLES = 5, 4
 POLICIES = (None, "sqrt", "dots", "nothing")
 Run = Callable[[nn.Module], Any]
 
 
 def runs(model: nn.Module, x: Tensor) -> dict[str, Run]:
     """What is measured, by name."""
-    sequences = x.expand(4, *x.shape)
+    sequences = x.expand(SAMPLES, *x.shape)
     parameters = {name: p.detach() for name, p in model.named_parameters()}
 
     def loss(module: nn.Module) -> Callable[..., Tensor]:
@@ -79,6 +80,48 @@ def measure(name: str, run: Run, models: dict[str, nn.Module]) -> list[list[Any]
     ]
 
 
+def jax_rows(layers: int, width: int, x: Tensor) -> list[list[Any]]:
+    """Per-sample gradients of the same network in JAX, without and with remat of each layer."""
+    import jax
+    from jax import numpy as jnp
+
+    keys = iter(jax.random.split(jax.random.key(0), 2 * layers))
+    shapes = ((width, 4 * width), (4 * width, width))
+    weights = [
+        [jax.random.normal(next(keys), s) / s[0] ** 0.5 for s in shapes] for _ in range(layers)
+    ]
+    samples = jnp.stack([jnp.asarray(x.numpy())] * SAMPLES)
+
+    def layer(w: Any, h: Any) -> Any:
+        normed = (h - h.mean(-1, keepdims=True)) / jnp.sqrt(h.var(-1, keepdims=True) + 1e-5)
+        return h + jax.nn.gelu(normed @ w[0], approximate=False) @ w[1]
+
+    def gradients(step: Callable[..., Any]) -> Any:
+        def loss(ws: Any, h: Any) -> Any:
+            for w in ws:
+                h = step(w, h)
+            return jnp.square(h).sum()
+
+        return jax.jit(jax.vmap(jax.grad(loss), (None, 0))).lower(weights, samples).compile()
+
+    rows, first = [], None
+    for policy, step in (("without", layer), ("remat of layers", jax.checkpoint(layer))):
+        compiled, seconds = gradients(step), []
+        for _ in range(ROUNDS + 1):
+            start = time.perf_counter()
+            jax.block_until_ready(compiled(weights, samples))
+            seconds.append(time.perf_counter() - start)
+        found = compiled.memory_analysis()
+        measured = (
+            found.temp_size_in_bytes + found.output_size_in_bytes,
+            statistics.median(seconds[1:]),
+        )
+        first = first or measured
+        ratios = [a / b for a, b in zip(measured, first, strict=True)]
+        rows.append(["per-sample gradients, JAX", policy, measured[0] / 2**20, *ratios])
+    return rows
+
+
 def main() -> None:
     """Prints the table."""
     warnings.simplefilter("ignore")
@@ -90,6 +133,7 @@ def main() -> None:
         for policy in POLICIES
     }
     rows = [row for name, run in runs(model, x).items() for row in measure(name, run, models)]
+    rows += jax_rows(24, 64, x)
     headers = ["what", "policy", "peak MiB", "memory", "time"]
     print(tabulate(rows, headers, "github", floatfmt=("", "", ".1f", ".2f", ".2f")))
 
