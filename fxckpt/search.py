@@ -192,7 +192,8 @@ class Search:
                 starts += [self._try(self._rounded(solution, limit)) for limit in _ROUNDINGS]
         starts += [self._try(self._without_waiting(found.decision)) for found in starts]
         starts.sort(key=lambda found: (found.peak, found.seconds))
-        lowest = [self._descend(found, low) for found in starts[:_STARTS]]
+        nothing = np.zeros(2 * len(self._index), dtype=bool)  # many others may need as much
+        lowest = [self._descend(found, low) for found in (self._try(nothing), *starts[:_STARTS])]
         return min(lowest, key=lambda found: (found.peak, found.seconds))
 
     def _without_waiting(self, decision: Decision) -> Decision:

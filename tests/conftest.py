@@ -31,7 +31,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     # What is imported of torch's own tests switches off assignments to torch.backends.
-    torch.backends.__allow_nonbracketed_mutation_flag = True
+    # (`torch.backends` is not the module that its functions were defined in.)
+    flags = torch.backends.flags_frozen.__globals__
+    flags["__allow_nonbracketed_mutation_flag"] = True
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
