@@ -204,12 +204,10 @@ def section(name: str, fractions: Sequence[float]) -> str:
         "github",
         floatfmt=("", ".0f", ".1f", ".1f", ".2f"),
     )
-    third = tabulate(
-        published(name, planner, parameters),
-        ["GiB", "of eager %", "MONeT %", "overhead %", "bound %"],
-        "github",
-        floatfmt=(".2f", ".0f", ".1f", ".1f", ".1f"),
-    )
+    compared = [*published(name, planner, parameters)]
+    headers = ["GiB", "of eager %", "MONeT %", "overhead %", "bound %"]
+    formats = (".2f", ".0f", ".1f", ".1f", ".1f")
+    third = tabulate(compared, headers, "github", floatfmt=formats) if compared else ""
     operations = len(joint.graph.nodes)
     title = (
         f"## {name}: eager peak {eager:.2f} GiB, {operations} nodes, prepared in {prepared:.1f} s"
