@@ -973,3 +973,13 @@ def test_hooks_of_inputs_inside_of_forward_are_refused() -> None:
         return (x @ m.weight).sin()
 
     inexact_is_refused(forward, [lambda: (rows().requires_grad_(),)] * 2)
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer")
+def test_addresses_of_fakes_are_refused() -> None:
+    """By default they are zero, with a warning the first time."""
+    model = Function(lambda m, x: x @ m.weight * (x.data_ptr() != 0))
+    with FakeTensorMode():
+        torch.empty(3).data_ptr()  # now it was warned
+    with pytest.raises(CaptureError, match="Cannot access data pointer"):
+        fxckpt.rewrite(model, "nothing", strict=True)(rows())
