@@ -49,11 +49,13 @@ def _convolution_backward(node: Node) -> int:
     """Copies of both operands for the gradient of the weight, or copies of one of the results."""
     stride: Any
     gradient, x, weight, stride = (node.args[i] for i in (0, 1, 2, 4))
-    if not _is_reordered(weight, stride):
-        return 0
     size, weights = _bytes(x), _bytes(weight)
+    # What stands in for x where its shape is all that counts (see `lean`) is made whole first.
+    whole = size if storage_bytes(x.meta["val"]) < size else 0
+    if not _is_reordered(weight, stride):
+        return whole
     copies = 2 if max(stride) > 1 else 1  # of the gradient of x, before that of the weight is there
-    return max(_bytes(gradient) + size, copies * size - weights, weights)
+    return whole + max(_bytes(gradient) + size, copies * size - weights, weights)
 
 
 def _is_reordered(weight: Any, stride: Any) -> bool:
