@@ -47,6 +47,7 @@ def _convolution(node: Node) -> int:
 
 def _convolution_backward(node: Node) -> int:
     """Copies of both operands for the gradient of the weight, or copies of one of the results."""
+    x: Any
     stride: Any
     gradient, x, weight, stride = (node.args[i] for i in (0, 1, 2, 4))
     size, weights = _bytes(x), _bytes(weight)
