@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._functorch import config as functorch_config
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Node
@@ -94,9 +93,7 @@ def capture(
 
 
 def _new_mode() -> FakeTensorMode:
-    # Else the address of a fake is zero, with a warning, once.
-    with functorch_config.patch(fake_tensor_allow_unsafe_data_ptr_access=False):
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = invisible.fake_mode()
     _modes.add(mode)
     return mode
 

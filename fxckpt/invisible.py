@@ -14,6 +14,7 @@ from unittest import mock
 import numpy as np
 import torch
 from torch import nn
+from torch._functorch import config as functorch_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.function import _HookMixin
 from torch.nn.modules import module as nn_module
@@ -148,6 +149,15 @@ def _with_values(data: Any) -> Any:
     if type(data) in (list, tuple):
         return type(data)(map(_with_values, data))
     return data
+
+
+def fake_mode() -> FakeTensorMode:
+    """A mode for fakes that programs run on.
+
+    Their address is refused; by default it would be zero, with a warning the first time.
+    """
+    with functorch_config.patch(fake_tensor_allow_unsafe_data_ptr_access=False):
+        return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 @contextlib.contextmanager

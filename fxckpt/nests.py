@@ -44,10 +44,11 @@ def with_nests(joint: Joint, choice: Choice) -> Choice:
     nested = {v.node: v.node.meta["nest"] for v in joint.values() if v.node.meta.get("nest")}
     if not nested:
         return choice
-    decided = {each: set(each.decide(joint)) for nest in nested.values() for each in nest}
+    decides = {each.decide for nest in nested.values() for each in nest}
+    decided = {decide: {*decide(joint)} for decide in decides}
     recomputing: dict[Node, Nested] = {}
     for node, nest in nested.items():
-        inner = [each for each in nest if node not in decided[each]]
+        inner = [each for each in nest if node not in decided[each.decide]]
         if inner:
             recomputing[node] = inner[-1]
     intervals = _intervals(joint, nested)

@@ -33,7 +33,7 @@ from torch.fx import Graph, Node
 from fxckpt import ops
 from fxckpt.codegen import graph_module
 from fxckpt.errors import CaptureError
-from fxckpt.invisible import outside_of_modes
+from fxckpt.invisible import fake_mode, outside_of_modes
 from fxckpt.joint import Joint, is_value, producer, root
 from fxckpt.schedule import Choice, Scheduler, recomputation
 
@@ -84,7 +84,7 @@ class Twins:
     """
 
     def __init__(self) -> None:
-        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._mode = fake_mode()
         self._kept: dict[Hashable, torch.Tensor] = {}
 
     def of(self, tensors: Iterable[tuple[Hashable, torch.Tensor]]) -> dict[int, torch.Tensor]:

@@ -145,3 +145,25 @@ def test_under_transforms(transform: Any) -> None:
     x = wide().detach()[:2].double()
     expected, found = transform(total(lambda f: f))(x), transform(total(checkpoint))(x)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_policy_is_asked_once_however_many_calls_it_decides_for() -> None:
+    asked: list[str] = []
+
+    def policy(value: fxckpt.Value) -> bool:
+        asked.append(value.name)
+        return False
+
+    def counted(count: int) -> int:
+        inner = checkpoint(STEPS["wave"], policy=policy)
+
+        def chained(x: Tensor) -> Tensor:
+            for _ in range(count):
+                x = inner(x)
+            return x
+
+        asked.clear()
+        step(checkpoint(chained, strict=True), wide())
+        return max(map(asked.count, asked))
+
+    assert counted(2) == counted(16)

@@ -403,3 +403,9 @@ def test_every_pair_of_transforms() -> None:
         f, g = OUTER[first](OUTER[second](chain)), OUTER[first](OUTER[second](lean))
         assert_close(f(X), g(X))
         assert_close(grad(f)(X), grad(g)(X), 1e-10)
+
+
+def test_addresses_are_not_those_of_stand_ins() -> None:
+    lean = checkpoint(lambda x: (x * (x.data_ptr() != 0)).square().sum(), strict=True)
+    with pytest.raises(fxckpt.CaptureError, match="Cannot access data pointer"):
+        grad(lean)(X)
