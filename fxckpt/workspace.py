@@ -42,21 +42,26 @@ def _convolution(node: Node) -> int:
     if not _is_reordered(weight, stride):
         return 0
     result = storage_bytes(node.meta["val"])
-    return 2 * result if transposed else max(_bytes(x) + _bytes(weight), result)
+    copied = 2 * result if transposed else max(_bytes(x) + _bytes(weight), result)
+    return _made_dense(x) + copied
 
 
 def _convolution_backward(node: Node) -> int:
     """Copies of both operands for the gradient of the weight, or copies of one of the results."""
-    x: Any
     stride: Any
     gradient, x, weight, stride = (node.args[i] for i in (0, 1, 2, 4))
-    size, weights = _bytes(x), _bytes(weight)
-    # What stands in for x where its shape is all that counts (see `lean`) is made whole first.
-    whole = size if storage_bytes(x.meta["val"]) < size else 0
+    size, weights, dense = _bytes(x), _bytes(weight), _made_dense(gradient) + _made_dense(x)
     if not _is_reordered(weight, stride):
-        return whole
+        return dense
     copies = 2 if max(stride) > 1 else 1  # of the gradient of x, before that of the weight is there
-    return whole + max(_bytes(gradient) + size, copies * size - weights, weights)
+    return dense + max(_bytes(gradient) + size, copies * size - weights, weights)
+
+
+def _made_dense(node: Any) -> int:
+    """Bytes of the copy of an operand with holes, or which repeats elements (see `lean`)."""
+    val: torch.Tensor = node.meta["val"]
+    formats = (torch.contiguous_format, *((torch.channels_last,) if val.dim() == 4 else ()))
+    return 0 if any(val.is_contiguous(memory_format=f) for f in formats) else _bytes(node)
 
 
 def _is_reordered(weight: Any, stride: Any) -> bool:
