@@ -89,8 +89,9 @@ def runner_of(model: nn.Module) -> Any:
 
 def original_forward(model: nn.Module) -> Callable[..., Any]:
     """The forward that a module has without its runner."""
-    if _HIDDEN in model.__dict__:
-        return model.__dict__[_HIDDEN]
+    attributes = object.__getattribute__(model, "__dict__")  # which forward does not read
+    if _HIDDEN in attributes:
+        return attributes[_HIDDEN]
     ours = _outermost(type(model))
     own: Any = model if ours is None else super(ours, model)
     return own.forward

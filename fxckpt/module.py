@@ -10,6 +10,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from fxckpt import policies
+from fxckpt.blocks import Blocks, Units
 from fxckpt.captures import Options
 from fxckpt.errors import BudgetError, FxckptError, PolicyError
 from fxckpt.installation import install, installed, plain, runner_of, uninstall
@@ -29,6 +30,7 @@ def rewrite(
     plan: Plan | None = None,
     save: Any = (),
     recompute: Any = (),
+    units: Units = None,
     example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
     cache_size: int = 32,
     strict: bool = False,
@@ -57,6 +59,10 @@ def rewrite(
             the first call. Calls with other shapes get plans of their own, for the same budget.
         save: Selectors of values to save: module-path globs, module classes, operations.
         recompute: Selectors of values to recompute.
+        units: What is captured at once: "model", the whole; "blocks", each repeated block by
+            itself, while the rest runs eagerly; or the modules at these paths ("encoder.layer.*").
+            A policy sees one unit at a time. The gradients of a unit come when its backward is
+            done, which overlaps with communication if units are blocks.
         example_inputs: Captures now, for these arguments: a tuple of positional or a dictionary of
             keyword arguments. The model has to be in training mode.
         cache_size: How many signatures are kept; the least recently used is dropped.
@@ -91,6 +97,7 @@ def rewrite(
         plan=plan,
         save=save,
         recompute=recompute,
+        units=units,
         example_inputs=example_inputs,
         cache_size=cache_size,
         strict=strict,
@@ -107,6 +114,7 @@ def rewrite_(
     plan: Plan | None = None,
     save: Any = (),
     recompute: Any = (),
+    units: Units = None,
     example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
     cache_size: int = 32,
     strict: bool = False,
@@ -131,7 +139,9 @@ def rewrite_(
     if is_rewritten(model):
         restore_(model)
     nests = budget is None and plan is None  # a plan is one for the whole
-    install(model, Unit(model, Options(decide, cache_size, strict, nests)))
+    by_index = nests and policies.may_tell_apart(policy, save, recompute)
+    options = Options(decide, cache_size, strict, nests, by_index)
+    install(model, _runner(model, options, units))
     if example_inputs is not None:
         try:
             args, kwargs = _example(example_inputs)
@@ -176,6 +186,11 @@ def graphs(model: nn.Module) -> tuple[GraphModule, GraphModule]:
             "gradients enabled, or pass example_inputs= to rewrite"
         )
     return latest.program.split.forward, latest.program.split.backward
+
+
+def _runner(model: nn.Module, options: Options, units: Units) -> Any:
+    """What runs the model, or its blocks."""
+    return Unit(model, options) if units in (None, "model") else Blocks(model, options, units)
 
 
 def _planned(
