@@ -14,6 +14,7 @@ capture (see `kin`).
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 import weakref
 from collections import Counter
@@ -23,11 +24,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxckpt.capture import is_capturing
 from fxckpt.captures import Options
 from fxckpt.errors import FallbackWarning, FxckptError, PolicyError
-from fxckpt.installation import installed, original_class, original_forward
+from fxckpt.installation import exchange, installed, original_class, original_forward
 from fxckpt.kin import Kin
-from fxckpt.parts import CastOnce, Parts, may_be_captured
+from fxckpt.parts import CastOnce, Parts, has_forward, is_composed
 from fxckpt.places import Position, stack_level_of_user
 from fxckpt.runtime import Captured
 from fxckpt.selectors import is_below, listed
@@ -54,11 +56,12 @@ class Blocks:
         self.options, self._units = options, units
         self._owner = weakref.ref(module)
         self.latest: Captured | None = None
+        self.told: set[str] = set()  # what was warned of, for any block
         self.parts = self._found(module)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs the module's forward, its blocks by their units if gradients may be wanted."""
-        if not (module.training and torch.is_grad_enabled()):
+        if not (module.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
             return original_forward(module)(*args, **kwargs)
         if self._structure != _structure(self._containers):
             self.parts = self._found(module)
@@ -72,8 +75,18 @@ class Blocks:
             "call. Leave out example_inputs="
         )
 
+    def found(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Refuses likewise."""
+        raise FxckptError(
+            "the units of this model are its blocks, and what these are called with is known in a "
+            'step only. Rewrite a block, or the model with units="model"'
+        )
+
     def require(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Nothing: see `prepare`."""
+        """Raises the `CaptureError` for which the latest run was eager, no block captured."""
+        units = [unit for _, unit in self.parts.runners()]
+        if not any(unit.latest for unit in units):
+            raise next(unit.failure for unit in units if unit.failure is not None)
 
     def for_module(self, module: nn.Module) -> Blocks:
         """This runner, or a new one with the same options if `module` is a copy of its owner."""
@@ -101,6 +114,84 @@ class Blocks:
         return Parts(module, found, unit)
 
 
+class Undecided:
+    """Decides at the first call whether the model is one unit, or its blocks are.
+
+    Blocks are units if there are many that look alike, so that capturing one of them is much
+    quicker, or if other processes wait for gradients. Then what lies outside of them is saved.
+
+    Args:
+        options: What `rewrite` was called with.
+        whole: Whether the policy, as a budget, is one for the whole model.
+    """
+
+    passing = False  # on the module until it is restored
+    latest = None
+
+    def __init__(self, options: Options, whole: bool) -> None:
+        self.options, self._whole = options, whole
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs the forward by what is decided, if gradients may be wanted."""
+        if not (module.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+            return original_forward(module)(*args, **kwargs)
+        if is_capturing():  # something around it; that does not change it
+            return Unit(module, self.options)(module, args, kwargs)
+        return self._decided(module)(module, args, kwargs)
+
+    def prepare(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Captures the model as one."""
+        self._as_one(module).prepare(module, args, kwargs)
+
+    def found(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What is captured of the model as one for a call."""
+        return self._as_one(module).found(module, args, kwargs)
+
+    def _as_one(self, module: nn.Module) -> Unit:
+        unit = Unit(module, self.options)
+        exchange(module, unit)
+        return unit
+
+    def require(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """See `Unit.require`."""
+        self._decided(module).require(module, args, kwargs)
+
+    def for_module(self, _: nn.Module) -> Undecided:
+        """This runner: nothing in it belongs to one module."""
+        return self
+
+    def for_copy(self, _: nn.Module) -> Undecided:
+        """Likewise."""
+        return self
+
+    def __deepcopy__(self, _: Any) -> Undecided:
+        return self
+
+    def _decided(self, module: nn.Module) -> Unit | Blocks:
+        if not self._whole and (_is_distributed(module) or _repeats_often(module)):
+            with contextlib.suppress(PolicyError):
+                runner = Blocks(module, self.options, "blocks")
+                exchange(module, runner)
+                return runner
+        return self._as_one(module)
+
+
+_OFTEN = 32
+
+
+def _repeats_often(module: nn.Module) -> bool:
+    with contextlib.suppress(PolicyError):
+        return max(position.copies for _, position in find(module, "blocks")) >= _OFTEN
+    return False
+
+
+def _is_distributed(module: nn.Module) -> bool:
+    if any(type(p).__name__ == "DTensor" for p in module.parameters()):
+        return True
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return there and torch.distributed.get_world_size() > 1
+
+
 class Block(Unit):
     """The unit of one block.
 
@@ -119,6 +210,7 @@ class Block(Unit):
         super().__init__(module, whole.options, position, kin)
         self._whole, self._path = weakref.ref(whole), position.path
         self._cast = CastOnce(position.path, waits=False)
+        self._told = whole.told
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs the forward of the block: the captured one where that is possible."""
@@ -163,7 +255,8 @@ def find(root: nn.Module, units: Units) -> list[tuple[nn.Module, Position]]:
     Raises:
         PolicyError: if there are none.
     """
-    modules = {p: m for p, m in root.named_modules() if p and may_be_captured(m)}
+    may_be = is_composed if units == "blocks" else has_forward
+    modules = {p: m for p, m in root.named_modules() if p and may_be(m)}
     rewritten = [p for p, m in modules.items() if _is_rewritten(m)]
     if units == "blocks":
         paths = _repeated(modules)
@@ -173,6 +266,8 @@ def find(root: nn.Module, units: Units) -> list[tuple[nn.Module, Position]]:
     for path in paths:
         if not any(path == t or path.startswith(f"{t}.") for t in (*taken, *rewritten)):
             taken.append(path)
+    if not taken:
+        raise PolicyError(f"units={units!r} names what is rewritten already. Restore it first")
     copies = Counter(_stack(p, modules[p]) for p in taken)
     return [(modules[p], Position(p, copies[_stack(p, modules[p])])) for p in taken]
 

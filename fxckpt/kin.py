@@ -49,7 +49,7 @@ class Kin:
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._known: OrderedDict[Hashable, list[_Known]] = OrderedDict()
+        self._known: OrderedDict[tuple[type, Hashable], list[_Known]] = OrderedDict()
 
     def add(
         self, captured: Captured, module: nn.Module, watch: Watch, call: Call, signature: Hashable

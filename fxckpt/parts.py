@@ -151,16 +151,19 @@ def submodules(root: nn.Module) -> Iterator[tuple[nn.Module, Position]]:
     rewritten = [p for p, runner in runners.items() if runner is not None and not runner.passing]
     for path, m in modules:
         inside = any(path == r or path.startswith(f"{r}.") for r in rewritten)
-        if path and not inside and may_be_captured(m):
+        if path and not inside and is_composed(m):
             yield m, Position(path, copies[kind(path, type(m))])
 
 
-def may_be_captured(m: nn.Module) -> bool:
+def has_forward(m: nn.Module) -> bool:
+    """Whether a module has a forward of its own that is Python."""
+    return not isinstance(m, torch.jit.ScriptModule) and type(m).forward is not nn.Module.forward
+
+
+def is_composed(m: nn.Module) -> bool:
     """Whether a module has a forward, and is more than a single layer of torch."""
-    if isinstance(m, torch.jit.ScriptModule) or type(m).forward is nn.Module.forward:
-        return False
     of_torch = type(m).__module__.startswith("torch.nn.modules")
-    return not of_torch or any(True for _ in m.children())
+    return has_forward(m) and (not of_torch or any(True for _ in m.children()))
 
 
 def _saved_tensor_hooks() -> Any:

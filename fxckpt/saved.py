@@ -103,7 +103,7 @@ def _captured(fn: Any, args: Any, kwargs: Any) -> Captured | None:
             "keeps nothing. Call model.train() first"
         )
     with torch.enable_grad():
-        found, _ = runner_of(module).captures.find(module, args, kwargs)
+        found: Any = runner_of(module).found(module, args, kwargs)
     if isinstance(found, CaptureError):
         raise found
     return found

@@ -50,6 +50,7 @@ class Unit:
         self.options = options
         self.captures = Captures(module, options, position, kin)
         self.latest: Captured | None = None
+        self.failure: CaptureError | None = None  # for which a call ran eagerly
         self._owner = weakref.ref(module)
         self.parts: Parts | None = None  # if it cannot be captured as a whole
         self._generation = 0  # of the structure that the parts belong to
@@ -74,7 +75,7 @@ class Unit:
         self.latest = found
         with contextlib.suppress(Misfit):
             return found(_required(call))
-        return self(module, args, kwargs)  # captured anew
+        return Unit.__call__(self, module, args, kwargs)  # captured anew
 
     def prepare(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Captures the call without running it."""
@@ -83,15 +84,20 @@ class Unit:
                 "rewrite(..., example_inputs=...): the model is in evaluation mode, where the "
                 "original forward runs. Call model.train() first"
             )
-        with torch.enable_grad():
-            found, _ = self.captures.find(module, args, kwargs)
+        found = self.found(module, args, kwargs)
         if isinstance(found, Captured):
             self.latest = found
 
+    def found(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Captured | CaptureError | None:
+        """What is captured for a call, see `Captures.find`."""
+        with torch.enable_grad():
+            return self.captures.find(module, args, kwargs)[0]
+
     def require(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raises the `CaptureError` for which a call runs eagerly, no part of it captured."""
-        with torch.enable_grad():
-            found, _ = self.captures.find(module, args, kwargs)
+        found = self.found(module, args, kwargs)
         if isinstance(found, CaptureError) and not self._saving_parts():
             raise found
 
@@ -131,7 +137,7 @@ class Unit:
 
     def _run_eagerly(self, module: nn.Module, args: Any, kwargs: Any, failure: CaptureError) -> Any:
         """Runs the original forward, with the parts of the module captured where possible."""
-        self._may_pass = failure.may_pass
+        self.failure, self._may_pass = failure, failure.may_pass
         first = not self._told and self.is_new(failure)
         with self.parts_in_place(module):
             result = original_forward(module)(*args, **kwargs)  # its own errors come first
