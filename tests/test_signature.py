@@ -69,6 +69,18 @@ def test_nothing_changed_is_noticed_too() -> None:
     assert len(captures(rewritten)) == 1
 
 
+@pytest.mark.parametrize("inner", [False, True])
+def test_attributes_that_forward_does_not_read_may_change(inner: bool) -> None:
+    model = Configured()
+    if inner:
+        fxckpt.rewrite_(model.linear, "nothing", strict=True)
+    fxckpt.rewrite_(model, "nothing", strict=True)
+    for step in range(3):
+        model.step = model.linear.step = step  # as a training library may count
+        model(torch.randn(3, 4)).sum().backward()
+    assert len(captures(model)) == 1
+
+
 def test_hook_in_another_dictionary_of_hooks_is_noticed() -> None:
     model = fxckpt.rewrite_(Configured(), "nothing")
     x = torch.randn(3, 4)
