@@ -72,7 +72,7 @@ def test_nothing_changed_is_noticed_too() -> None:
 SWAPS: dict[str, Callable[[Configured], object]] = {
     "list and dictionary": lambda m: setattr(m, "scales", copy.deepcopy(m.scales)),
     "set": lambda m: setattr(m, "seen", {*m.seen}),
-    "tuple": lambda m: setattr(m, "factors", tuple([*m.factors])),
+    "tuple": lambda m: setattr(m, "factors", (*m.factors,)),
     "list in an object": lambda m: setattr(m.config, "names", [*m.config.names]),
 }
 
@@ -103,7 +103,8 @@ def test_data_that_is_held_twice_is_not_the_same_as_equal_data() -> None:
         torch.randn(3, requires_grad=True),
     )
     one, other = [1], [1]
-    for a, b, c in [(one, one, other), (other, one, one), (one, other, [1]), (other, [1], one)]:
+    ties = [(one, one, other), (other, one, one), (one, other, [1]), (other, [1], one)]
+    for a, b, c in ties:
         model.a, model.b, model.c = a, b, c
         assert torch.equal(model(x), nn.Module.__call__(fxckpt.restore_(copy.copy(model)), x))
     assert len(captures(model)) == 3
