@@ -15,7 +15,8 @@ from training import assert_same, encoder, vectors
 
 import fxckpt
 
-lightning = pytest.importorskip("lightning")
+pytest.importorskip("lightning")
+import lightning
 
 from fxckpt.integrations.lightning import FxckptCallback
 
