@@ -74,6 +74,11 @@ class Captures:
         self._passed = False  # whether an error that may pass was ignored
         self.generation = 0  # how often the structure of the module changed
 
+    @property
+    def tried(self) -> bool:
+        """Whether any call was looked up."""
+        return bool(self._known)
+
     def find(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Captured | CaptureError | None, Call | None]:

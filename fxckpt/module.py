@@ -234,6 +234,11 @@ def _require_module(call: str, model: Any) -> None:
             f"{call}(model, ...): {type(model).__name__} is compiled already. "
             "Rewrite the original module, then compile"
         )
+    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        raise FxckptError(
+            f"{call}(model, ...): {type(model).__name__} communicates with other processes. "
+            "Rewrite the module inside (model.module), before or after it is wrapped"
+        )
 
 
 def _require_rewritten(call: str, model: Any) -> None:

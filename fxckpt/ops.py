@@ -135,6 +135,9 @@ _ATTENTION = frozenset(
     name for name in _MATRIX_LIKE if "attention" in name and "multi_head" not in name
 )
 
+_COLLECTIVE = frozenset(
+    ("c10d", "c10d_functional", "_c10d_functional", "_c10d_functional_autograd", "symm_mem")
+)
 _NORMS = frozenset(
     f"aten::{name}"
     for name in (
@@ -173,6 +176,11 @@ def is_attention(target: Any) -> bool:
 def is_norm(target: Any) -> bool:
     """Whether an operation is a normalisation layer in one piece."""
     return schema_name(target) in _NORMS
+
+
+def is_collective(target: OpOverload) -> bool:
+    """Whether an operation is done together with other processes: each time it is run, by all."""
+    return target.namespace in _COLLECTIVE
 
 
 def is_random(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:

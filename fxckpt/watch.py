@@ -9,8 +9,10 @@ and hooks. Values count as follows:
     numbers, strings, ...       by type and value
     parameters, buffers and     by geometry (dtype, shape, strides, device, requires_grad): the
     tensors in attributes       graph takes whatever tensor is there at the call
-    lists, dictionaries, sets,  by identity and contents; what they contain is watched in turn, a
-    objects, functions          few levels deep: attributes, closures, keywords of `partial`
+    lists, dictionaries, sets   by contents, and by which of them are one object; by identity too
+                                if they hold tensors, which captured graphs take from there
+    objects, functions          by identity and contents; what they contain is watched in turn, a
+                                few levels deep: attributes, closures, keywords of `partial`
     arrays                      by contents
     anything else               by identity
     globals                     that methods of the modules, and what these call, may read: likewise
@@ -194,7 +196,8 @@ class Watch:
         self._geometry = [*map(_geometry, self._tensors)]
         first: dict[int, int] = {}
         ties = tuple(first.setdefault(id(t), i) for i, t in enumerate(self._tensors))
-        key = tuple(c.key for c in self._contents), tuple(self._geometry), ties
+        numbers = {c.place: i for i, c in enumerate(self._contents) if c.is_data()}
+        key = tuple(c.key(numbers) for c in self._contents), tuple(self._geometry), ties
         if key not in self._numbers:
             self._count += 1
             # The owners are kept, so that no other object gets an id that is part of a key.
@@ -375,9 +378,24 @@ class _Contents:
             for name, value in zip(self.names, self.before, strict=True)
         )
 
+    def is_data(self) -> bool:
+        """Whether another object with the same contents serves as well."""
+        return type(self.owner) in (list, dict, set) and not self.tensors()
+
+    def key(self, numbers: dict[int, int]) -> Hashable:
+        """What is compared with states seen before.
+
+        Args:
+            numbers: By `id`, the containers for which another one serves as well.
+        """
+        return tuple(
+            (name, "like", numbers[value]) if value in numbers else (name, value)
+            for name, value in self._parts
+        )
+
     def _take(self, names: Sequence[Any], values: Sequence[Any]) -> None:
         self.names, self.before = names, values
-        self.key: Hashable = tuple(map(self._key, names, values))
+        self._parts = [*map(self._part, names, values)]
 
     def _arrangement(self) -> list[Any]:
         pairs = zip(self.names, self.before, strict=True)
@@ -387,11 +405,12 @@ class _Contents:
             if isinstance(v, torch.Tensor) or not is_leaf(v)
         ]
 
-    def _key(self, name: Any, value: Any) -> Hashable:
+    def _part(self, name: Any, value: Any) -> tuple[Hashable, Hashable]:
         name = name if isinstance(name, (str, int)) else id(name)
         if isinstance(value, torch.Tensor):
             return name, None if (self.place, name) in self._slots else id(value)
-        return name, tree.static_key(value) if is_plain(value) else id(value)
+        by_value = is_plain(value) or (type(value) is tuple and all(map(is_plain, value)))
+        return name, tree.static_key(value) if by_value else id(value)
 
 
 class _Attributes(_Contents):

@@ -85,6 +85,10 @@ LAYERS = (
     "saved",
     "report",
     "__init__",
+    "integrations.__init__",
+    "integrations.rewriting",
+    "integrations.transformers",
+    "integrations.lightning",
 )
 
 PACKAGE = "fxckpt"
@@ -116,10 +120,11 @@ def imported(statement: ImportStatement, modules: Iterable[str]) -> Iterator[str
         base = resolve_name("." * statement.level + (statement.module or ""), PACKAGE)
         names = [f"{base}.{alias.name}" for alias in statement.names]
     for name in names:
-        package, _, rest = name.partition(".")
+        package, *rest = name.split(".")
         if package == PACKAGE:
-            module = rest.split(".")[0]
-            yield module if module in modules else "__init__"
+            paths = [".".join(rest[:end]) for end in range(len(rest), 0, -1)]
+            known = (m for path in paths for m in (path, f"{path}.__init__") if m in modules)
+            yield next(known, "__init__")
 
 
 def statements(tree: ast.AST) -> Iterator[ImportStatement]:
