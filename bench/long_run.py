@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -34,7 +35,7 @@ import fxckpt
 from bench.measure import peak_and_saved
 
 WIDTH, LAYERS, HEADS, LENGTH, BATCH = 64, 4, 4, 64, 8
-BUDGET, RATE = 0.4, 2e-3
+BUDGET, RATE, PLANNING_SECONDS = 0.4, 2e-3, 10.0
 
 
 class GPT(nn.Module):
@@ -72,7 +73,9 @@ def batch(text: Tensor, step: int) -> Tensor:
 # --- one process ------------------------------------------------------------------------------
 
 
-def train(folder: Path, steps: int, every: int, budget: float | None) -> None:
+def train(
+    folder: Path, steps: int, every: int, budget: float | None, planning_seconds: float
+) -> None:
     """Trains, from the latest checkpoint in the folder if there is one.
 
     Writes each loss with all its bits, and a checkpoint every so many steps.
@@ -81,7 +84,7 @@ def train(folder: Path, steps: int, every: int, budget: float | None) -> None:
     torch.manual_seed(0)
     model, text = GPT(), corpus()
     if budget is not None:
-        fxckpt.rewrite_(model, budget=budget, strict=True)
+        fxckpt.rewrite_(model, budget=budget, strict=True, planning_seconds=planning_seconds)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
     warmup = max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -162,12 +165,12 @@ class Run:
         )
 
 
-def run(folder: Path, steps: int, *, budget: float | None, kill_at: int = 0) -> Run:
+def run(folder: Path, steps: int, *options: Any, kill_at: int = 0) -> Run:
     """Trains in a process of its own; kills it after some steps and starts another one."""
     folder.mkdir(parents=True)
     every = max(1, steps // 4)
     command = [sys.executable, __file__, "--worker", "--out", folder, "--steps", steps]
-    command += ["--every", every, *(() if budget is None else ("--budget", budget))]
+    command += ["--every", every, *options]
     command, killed = [str(part) for part in command], 0
     if kill_at:
         with subprocess.Popen(command) as process:
@@ -186,12 +189,13 @@ def _steps_done(folder: Path) -> int:
     return len(losses.read_text().splitlines()) if losses.exists() else 0
 
 
-def compare(folder: Path, steps: int) -> dict[str, Run]:
+def compare(folder: Path, steps: int, planning: float = PLANNING_SECONDS) -> dict[str, Run]:
     """The three trainings."""
+    options = ("--budget", BUDGET, "--planning-seconds", planning)
     return {
-        "eager": run(folder / "eager", steps, budget=None),
-        "rewritten": run(folder / "rewritten", steps, budget=BUDGET),
-        "killed": run(folder / "killed", steps, budget=BUDGET, kill_at=steps * 5 // 8),
+        "eager": run(folder / "eager", steps),
+        "rewritten": run(folder / "rewritten", steps, *options),
+        "killed": run(folder / "killed", steps, *options, kill_at=steps * 5 // 8),
     }
 
 
@@ -245,9 +249,11 @@ def draw(runs: dict[str, Run], path: Path) -> None:
         fontsize=8,
     )
     top.set_ylabel("loss (nats a byte)")
-    top.legend(loc="upper center", frameon=False)
-    for losses, color, name in ((ours, "#c62828", "rewritten"), (again, "#1565c0", "killed")):
-        below.plot([a - b for a, b in zip(losses, eager, strict=True)], color=color, label=name)
+    top.legend(loc="upper left", bbox_to_anchor=(0.15, 1), frameon=False)
+    lines = ((ours, "rewritten", "#ef9a9a", 4), (again, "killed and resumed", "#1565c0", 1))
+    for losses, name, color, width in lines:
+        difference = [a - b for a, b in zip(losses, eager, strict=True)]
+        below.plot(difference, color=color, label=name, linewidth=width)
     below.set_ylim(-1e-6, 1e-6)
     below.set_ylabel("minus eager")
     below.set_xlabel("step")
@@ -265,9 +271,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Run] | None:
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--every", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--budget", type=float, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--planning-seconds", type=float, default=PLANNING_SECONDS, help=argparse.SUPPRESS
+    )
     options = parser.parse_args(arguments)
     if options.worker:
-        train(options.out, options.steps, options.every, options.budget)
+        seconds = options.planning_seconds
+        train(options.out, options.steps, options.every, options.budget, seconds)
         return None
     runs = compare(options.out, options.steps)
     size = sum(p.numel() for p in GPT().parameters())

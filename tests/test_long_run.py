@@ -11,7 +11,7 @@ STEPS = 16
 
 @pytest.mark.slow
 def test_killed_and_resumed_as_eager(tmp_path: Path) -> None:
-    runs = long_run.compare(tmp_path, STEPS)
+    runs = long_run.compare(tmp_path, STEPS, planning=0.5)
     eager = runs.pop("eager")
     assert len(eager.losses) == STEPS
     assert len({*eager.losses}) == STEPS
