@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from training import forget_accelerator
 
 import fxckpt
 from fxckpt.joint import MAX_CONTRIBUTIONS
@@ -125,6 +126,45 @@ def test_every_page_is_in_the_navigation_and_its_code_is_tested() -> None:
         blocks = re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
         for block in blocks:
             assert block.startswith((">>> ", "--8<--")), f"{path}: {block}"
+
+
+def test_trainer(run) -> None:
+    without, with_, equal = run("trainer", 4)
+    assert len(without) == 4 + 2  # and as many evaluations
+    assert without == with_
+    assert equal
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it
+def test_lora(run) -> None:
+    without, with_, equal = run("lora")
+    assert equal
+    assert with_.peak < without.peak / 2
+    assert with_.saved < without.saved / 4
+
+
+def test_lightning_fit(run) -> None:
+    without, with_ = run("lightning_fit")
+    assert len(without) == 8
+    assert without == with_
+
+
+def test_accelerate_loop(run) -> None:
+    forget_accelerator()
+    without, with_, equal = run("accelerate_loop")
+    forget_accelerator()
+    assert len(without) == 4
+    assert without == with_
+    assert equal
+
+
+@pytest.mark.slow
+def test_two_processes(run) -> None:
+    found = run("two_processes")
+    assert len(found) == 2
+    for without, with_ in found:
+        assert len(without) == 4
+        assert without == with_
 
 
 # --- docs/limits.md -----------------------------------------------------------------------------

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
-from training import assert_same, encoder, vectors
+from training import assert_same, encoder, forget_accelerator, vectors
 
 import fxckpt
-
-accelerate = pytest.importorskip("accelerate")
 
 
 def trained(how: str, precision: str) -> tuple[list[float], nn.Module, Any]:
     """Losses, what `prepare` returned and the accelerator."""
-    accelerate.state.AcceleratorState._reset_state(True)
+    forget_accelerator()
     accelerator = accelerate.Accelerator(
         cpu=True, mixed_precision=precision, gradient_accumulation_steps=2
     )

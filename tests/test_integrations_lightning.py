@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import lightning
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,14 +15,9 @@ from torch.nn.functional import cross_entropy
 from training import assert_same, encoder, vectors
 
 import fxckpt
-
-pytest.importorskip("lightning")
-import lightning
-
 from fxckpt.integrations.lightning import FxckptCallback
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore:.*treespec")
 
 
 class Classifier(lightning.LightningModule):

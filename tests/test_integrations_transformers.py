@@ -8,17 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from helpers import captures
 from torch import nn
 from training import Tokens, assert_same, gpt2, llama
-
-import fxckpt
-
-pytest.importorskip("transformers")
 from transformers import GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
+import fxckpt
 from fxckpt.integrations.transformers import FxckptCallback
 
 STEPS = 4  # half of them before a checkpoint
@@ -149,8 +147,6 @@ def test_resume_save_and_generate(eager: Callable[..., Trainer], tmp_path: Path)
 
 @pytest.mark.parametrize("how", ["rewritten", "callback"])
 def test_lora(how: str, eager: Callable[..., Trainer], tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
-
     def build() -> nn.Module:
         config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_dropout=0.1)
         with warnings.catch_warnings():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import accelerate
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -70,6 +71,11 @@ def vectors(count: int = 24) -> DataLoader:
     x = torch.randn(count, 8, 32, generator=generator())
     y = torch.randint(10, (count,), generator=generator())
     return DataLoader(TensorDataset(x, y), batch_size=4)
+
+
+def forget_accelerator() -> None:
+    """Lets another accelerator be made; there is one in a process."""
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def assert_same(ours: Iterable[Tensor], eager: Iterable[Tensor]) -> None:
