@@ -19,13 +19,13 @@ from fxckpt.errors import CaptureError, let_go_of_frames
 from fxckpt.first_run import Misfit
 from fxckpt.holders import prepare
 from fxckpt.installation import original_forward
+from fxckpt.levels import Twins, outside_of_transforms
 from fxckpt.locks import LOCK
 from fxckpt.places import Position
 from fxckpt.reads import Reads
 from fxckpt.runtime import Captured, Decide
 from fxckpt.state import exchanged, held_tensors
 from fxckpt.tape import Tape
-from fxckpt.transforms import Twins, outside_of_transforms
 from fxckpt.watch import Watch
 
 _MOST_MISFITS = 8  # then a call runs eagerly
@@ -43,6 +43,7 @@ class Options:
     cache_size: int
     strict: bool
     nests: bool = True
+    decompose: bool = False
 
 
 Key = tuple[int | None, Hashable]  # state of the module; modes and arguments
@@ -65,7 +66,7 @@ class Captures:
         self._watch = self._fresh_watch(module)
         self._misfits: Counter[Key] = Counter()
         self._in_vain: Counter[Hashable] = Counter()  # captures since the last use
-        self._twins = Twins()
+        self._twins = Twins(forward=options.decompose)
         self._passed = False  # whether an error that may pass was ignored
         self.generation = 0  # how often the structure of the module changed
 
@@ -207,8 +208,10 @@ class Captures:
             self._refuse(key, error)
 
     def _captured(self, tape: Tape, module: nn.Module, call: Call) -> Captured:
-        forward, state = self._forward(module), self._watch.state
-        return Captured(tape, self._options.decide, forward, call.spec, module, state)
+        forward, state, options = self._forward(module), self._watch.state, self._options
+        return Captured(
+            tape, options.decide, forward, call.spec, module, state, decompose=options.decompose
+        )
 
     def _confirmed(self, found: Captured, module: nn.Module, call: Call, key: Key) -> Captured:
         """At the second call, runs the Python of forward again: it has to do the same.

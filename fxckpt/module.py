@@ -34,6 +34,7 @@ def rewrite(
     strict: bool = False,
     planning_seconds: float = 10.0,
     profile: bool = False,
+    decompose: bool = False,
 ) -> M:
     """A module like `model` whose training step keeps fewer activations and recomputes the rest.
 
@@ -64,6 +65,11 @@ def rewrite(
         planning_seconds: How long to look for a better plan, about, at each capture.
         profile: Whether to time each distinct operation for planning, instead of taking its time
             from rates of the device.
+        decompose: Whether to differentiate torch's own decomposition of an operation (fused
+            attention, `hardsigmoid`, ...) where torch has no rule for a second derivative or for
+            forward mode, instead of raising torch's error. Such derivatives are those of plain
+            operations up to rounding, and cost more memory. Values and gradients of first order
+            stay what they are, bit by bit.
 
     Returns:
         A new module of the same class (its name and `isinstance` included).
@@ -96,6 +102,7 @@ def rewrite(
         strict=strict,
         planning_seconds=planning_seconds,
         profile=profile,
+        decompose=decompose,
     )
 
 
@@ -112,6 +119,7 @@ def rewrite_(
     strict: bool = False,
     planning_seconds: float = 10.0,
     profile: bool = False,
+    decompose: bool = False,
 ) -> M:
     """Like `rewrite`, in place: `model` itself is rewritten, and returned.
 
@@ -131,7 +139,7 @@ def rewrite_(
     if is_rewritten(model):
         restore_(model)
     nests = budget is None and plan is None  # a plan is one for the whole
-    install(model, Unit(model, Options(decide, cache_size, strict, nests)))
+    install(model, Unit(model, Options(decide, cache_size, strict, nests, decompose)))
     if example_inputs is not None:
         try:
             args, kwargs = _example(example_inputs)
