@@ -6,29 +6,48 @@ import contextlib
 import functools
 import types
 from collections.abc import Callable, Iterator
-from typing import Any, ParamSpec, TypeVar, overload
+from typing import Any, ParamSpec, TypedDict, TypeVar, overload
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
+from typing_extensions import Unpack
 
 from fxckpt.contents import is_leaf, reader
 from fxckpt.errors import PolicyError
 from fxckpt.joint import root
 from fxckpt.module import rewrite_
+from fxckpt.plans import Plan
 from fxckpt.recorder import current_recorder
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-@overload
-def checkpoint(fn: Callable[P, R], **options: Any) -> Callable[P, R]: ...
-@overload
-def checkpoint(fn: None = None, **options: Any) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
+class Options(TypedDict, total=False):
+    """The options of `checkpoint`, which are those of `rewrite`."""
+
+    policy: Any
+    budget: int | str | float | None
+    plan: Plan | None
+    save: Any
+    recompute: Any
+    cache_size: int
+    strict: bool
+    planning_seconds: float
+    profile: bool
+    decompose: bool
 
 
-def checkpoint(fn: Callable[..., Any] | None = None, **options: Any) -> Any:
+@overload
+def checkpoint(fn: Callable[P, R], **options: Unpack[Options]) -> Callable[P, R]: ...
+@overload
+def checkpoint(
+    fn: None = None, **options: Unpack[Options]
+) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
+
+
+def checkpoint(fn: Callable[..., Any] | None = None, **options: Unpack[Options]) -> Any:
     """A function like `fn` that keeps less for its backward and computes the rest again.
 
     As `jax.checkpoint`: results and gradients are those of `fn`, also under the transforms of
@@ -40,8 +59,8 @@ def checkpoint(fn: Callable[..., Any] | None = None, **options: Any) -> Any:
         fn: Any function of nested containers of tensors; other arguments are static. It may read
             tensors and modules from around it. Left out, `checkpoint` is a decorator with options.
         **options: Those of `rewrite`: `policy`, `budget`, `plan`, `save`, `recompute`,
-            `cache_size`, `strict`, `planning_seconds`, `profile`. Without any of the first five,
-            all is recomputed: policy="nothing".
+            `cache_size`, `strict`, `planning_seconds`, `profile`, `decompose`. Without any of the
+            first five, all is recomputed: policy="nothing".
 
     Raises:
         PolicyError: if `fn` is not callable, or the policy makes no sense.

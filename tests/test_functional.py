@@ -3,7 +3,9 @@
 import functools
 import inspect
 import math
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -99,6 +101,44 @@ def test_recomputes() -> None:
         with all_dispatched(Counter()) as counter:
             lean(x).sum().backward()
     assert counter["sin"] == counter["exp"] == 2
+
+
+PROGRAM = """
+import torch
+from fxckpt import checkpoint
+
+@checkpoint
+def plain(x: torch.Tensor, k: int = 1) -> torch.Tensor: return x
+
+@checkpoint(policy="dots", decompose=True)
+def with_options(x: torch.Tensor, *, k: str) -> list[torch.Tensor]: return [x]
+
+reveal_type(plain)
+reveal_type(with_options)
+reveal_type(checkpoint(plain, budget="1GiB"))
+checkpoint(plain, budget=[])
+checkpoint(plain, polcy="dots")
+plain("x")
+"""
+
+
+@pytest.mark.slow
+def test_types(tmp_path: Path) -> None:
+    api = pytest.importorskip("mypy.api")
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    root = Path(__file__).parents[1]
+    options = [f"--config-file={root / 'pyproject.toml'}", f"--cache-dir={root / '.mypy_cache'}"]
+    lines = api.run([*options, str(program)])[0].replace("builtins.", "").splitlines()
+    revealed = [line.split("Revealed type is ")[1] for line in lines if "Revealed" in line]
+    assert revealed == [
+        '"def (x: torch._tensor.Tensor, k: int =) -> torch._tensor.Tensor"',
+        '"def (x: torch._tensor.Tensor, *, k: str) -> list[torch._tensor.Tensor]"',
+        '"def (x: torch._tensor.Tensor, k: int =) -> torch._tensor.Tensor"',
+    ]
+    wrong = {int(match[1]) for line in lines if (match := re.search(r":(\d+): error:", line))}
+    expected = PROGRAM.splitlines()[-3:]
+    assert [PROGRAM.splitlines()[number - 1] for number in sorted(wrong)] == expected
 
 
 # --- what functions read from around them ---------------------------------------------------------
