@@ -53,7 +53,8 @@ def checkpoint(fn: Callable[..., Any] | None = None, **options: Unpack[Options])
     As `jax.checkpoint`: results and gradients are those of `fn`, also under the transforms of
     `torch.func` (`grad`, `vjp`, `jvp`, `vmap`, `jacrev`, `jacfwd`, `hessian`), in any nest. The
     graph of `fn` is captured at the first call of each kind (shapes, dtypes, static arguments,
-    what it reads from around it). Under `vmap` a budget is that of one sample.
+    what it reads from around it). Under `vmap` a budget is that of all samples together, as if
+    they shared nothing.
 
     Args:
         fn: Any function of nested containers of tensors; other arguments are static. It may read

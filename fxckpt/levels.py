@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
+import math
 from collections.abc import Hashable, Iterable, Iterator
 from typing import Any
 from unittest import mock
@@ -30,14 +32,28 @@ def are_known() -> bool:
     return kinds <= {"Grad", "Vmap", "Jvp"}
 
 
+_samples_around: contextvars.ContextVar[int] = contextvars.ContextVar("samples", default=1)
+
+
+def samples() -> int:
+    """How many samples a call is run for at once, by all `vmap` that are around it."""
+    stack = pyfunctorch.retrieve_all_functorch_interpreters()
+    batches = [s.batch_size() for s in stack if isinstance(s, pyfunctorch.VmapInterpreter)]
+    return math.prod(batches, start=_samples_around.get())
+
+
 @contextlib.contextmanager
 def outside_of_transforms() -> Iterator[None]:
-    """Nothing is transformed while this is active."""
-    with (
-        pyfunctorch.temporarily_clear_interpreter_stack(),
-        mock.patch.object(forward_ad, "unpack_dual", _unpacked),
-    ):
-        yield
+    """Nothing is transformed while this is active; only `samples` knows of the call."""
+    token = _samples_around.set(samples())
+    try:
+        with (
+            pyfunctorch.temporarily_clear_interpreter_stack(),
+            mock.patch.object(forward_ad, "unpack_dual", _unpacked),
+        ):
+            yield
+    finally:
+        _samples_around.reset(token)
 
 
 _unpack_dual = forward_ad.unpack_dual

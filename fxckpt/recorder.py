@@ -215,6 +215,8 @@ class Recorder(TorchDispatchMode):
             raise CaptureError(f"the higher-order operation {func} cannot be recorded")
         if func is aten.lift_fresh.default:
             return self._constant(args[0])
+        if func.namespace == "profiler":  # names what runs, for who measures
+            return func(*args, **kwargs)
         args, kwargs = self._faked(args), self._faked(kwargs)
         if torch.Tag.data_dependent_output in func.tags or func is aten.is_nonzero.default:
             return self._read(func, args, kwargs)

@@ -506,6 +506,18 @@ def test_less_is_held(run: Callable[[Function, Tensor], Any]) -> None:
     assert peaks[1] < 0.5 * peaks[0]
 
 
+def test_a_budget_is_that_of_the_batch() -> None:
+    """But for what transforms hold besides: here a vector for each sample, and operands."""
+    x, budget = wide(0, 4096, WIDTH), 3 * 2**20
+    peaks = []
+    for function in (deep, checkpoint(deep, budget=budget, strict=True)):
+        vmap(grad(function))(x[:4])  # for which nothing has to be recomputed
+        vmap(grad(function))(x)
+        step = SimpleNamespace(run=lambda _, f=function: vmap(grad(f))(x))
+        peaks.append(peak_and_saved(step, "cpu")[0])
+    assert peaks[1] <= budget + 4 * x.nbytes < peaks[0]
+
+
 def test_every_pair_of_transforms() -> None:
     lean = checkpoint(chain, strict=True)
     for first, second in itertools.product(OUTER, repeat=2):
