@@ -8,6 +8,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypedDict, TypeVar, overload
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
@@ -165,6 +166,7 @@ class Called(nn.Module):
 
 
 _MOST_LEVELS = 4
+_LONG = 1000
 
 
 def _modules_of(function: Any, depth: int = 0) -> Iterator[tuple[str, nn.Module]]:
@@ -195,7 +197,7 @@ def _read_by(function: Any) -> Iterator[tuple[str, Any]]:
 def _modules_in(name: str, value: Any, depth: int) -> Iterator[tuple[str, nn.Module]]:
     if isinstance(value, nn.Module):
         yield name, value
-    elif depth >= _MOST_LEVELS or is_leaf(value):
+    elif depth >= _MOST_LEVELS or is_leaf(value) or _is_data(value):
         return
     elif isinstance(value, (types.FunctionType, functools.partial, types.MethodType)):
         for inner, module in _modules_of(value, depth):
@@ -203,3 +205,16 @@ def _modules_in(name: str, value: Any, depth: int) -> Iterator[tuple[str, nn.Mod
     elif (read := reader(value)) is not None:
         for key, each in zip(*read(), strict=True):
             yield from _modules_in(f"{name}_{key}", each, depth + 1)
+
+
+def _is_data(value: Any) -> bool:
+    """Whether a container is long, or an array, and holds no modules as far as one can see at once.
+
+    These are not walked through at each call.
+    """
+    if isinstance(value, (np.ndarray, bytearray)):
+        return True
+    if not isinstance(value, (list, tuple, dict)) or len(value) <= _LONG:
+        return False
+    first = next(iter(value.values() if isinstance(value, dict) else value))
+    return is_leaf(first) or isinstance(first, torch.Tensor)

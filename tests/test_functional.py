@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 import fxckpt
 from fxckpt import FallbackWarning, PolicyError, checkpoint, policies, saved_values
+from fxckpt.functional import module_of
 
 WIDTH = 6
 
@@ -201,6 +203,27 @@ def test_global_modules_and_methods() -> None:
     assert_same_step(holder.run, checkpoint(holder.run, strict=True), wide(), 2, wanted=wanted)
     partial = functools.partial(holder.run, power=3)
     assert_same_step(partial, checkpoint(partial, strict=True), wide(), wanted=wanted)
+
+
+def test_data_is_not_searched_for_modules_at_each_call() -> None:
+    class Data(list):
+        reads = 0
+
+        def __getitem__(self, index: Any) -> Any:
+            Data.reads += 1
+            return super().__getitem__(index)
+
+        def __iter__(self) -> Any:
+            for item in super().__iter__():
+                Data.reads += 1
+                yield item
+
+    holder = SimpleNamespace(data=Data([1.0] * 5000), layer=nn.Linear(WIDTH, WIDTH))
+    called = module_of(checkpoint(lambda x: holder.layer(x)))
+    Data.reads = 0
+    called.find_modules()
+    assert Data.reads <= 1
+    assert "holder_layer" in dict(called.named_modules())
 
 
 def test_module_as_function() -> None:

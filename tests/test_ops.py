@@ -2,7 +2,7 @@
 
 Each gives the values, gradients and per-sample gradients that it gives without checkpoint. Those in
 `FALL_BACK` run as they are, with a warning; those for which torch itself has no gradient, or no
-rule for batches, are skipped with torch's message (`pytest -rs` lists and counts them).
+rule for batches, are skipped with torch's message. The summary of the run lists and counts both.
 """
 
 import itertools
@@ -110,7 +110,11 @@ def assert_alike(expected: Any, found: Any) -> None:
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_operation(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_operation(
+    name: str, monkeypatch: pytest.MonkeyPatch, record_property: Callable[[str, str], None]
+) -> None:
+    if name in FALL_BACK:
+        record_property("runs eagerly", f"{name}: {FALL_BACK[name]}")
     # The samples' own wrapper sets the seed around each call, which no model does.
     monkeypatch.setattr(db, "wrapper_set_seed", lambda op, *args, **kwargs: op(*args, **kwargs))
     op = OPS[name]
