@@ -1,6 +1,7 @@
 """fxckpt: PyTorch models that fit in memory, with bit-identical gradients."""
 
 from fxckpt import policies
+from fxckpt.backend import backend
 from fxckpt.errors import (
     BudgetError,
     CaptureError,
@@ -31,6 +32,7 @@ __all__ = [
     "Plan",
     "PolicyError",
     "Value",
+    "backend",
     "checkpoint",
     "fit_batch",
     "frontier",

@@ -46,6 +46,7 @@ class Options:
     nests: bool = True
     by_index: bool = True
     decompose: bool = False
+    compile: bool = False
 
 
 Key = tuple[int | None, Hashable]  # state of the module; modes and arguments
@@ -233,7 +234,14 @@ class Captures:
     def _captured(self, tape: Tape, module: nn.Module, call: Call) -> Captured:
         forward, state, options = forward_of(module), self._watch.state, self._options
         return Captured(
-            tape, options.decide, forward, call.spec, module, state, decompose=options.decompose
+            tape,
+            options.decide,
+            forward,
+            call.spec,
+            module,
+            state,
+            compile=options.compile,
+            decompose=options.decompose,
         )
 
     def _confirmed(self, found: Captured, module: nn.Module, call: Call, key: Key) -> Captured:

@@ -37,6 +37,7 @@ def rewrite(
     planning_seconds: float = 10.0,
     profile: bool = False,
     decompose: bool = False,
+    compile: bool = False,
 ) -> M:
     """A module like `model` whose training step keeps fewer activations and recomputes the rest.
 
@@ -78,6 +79,10 @@ def rewrite(
             forward mode, instead of raising torch's error. Such derivatives are those of plain
             operations up to rounding, and cost more memory. Values and gradients of first order
             stay what they are, bit by bit.
+        compile: Whether to compile both graphs with Inductor, at the second step. What is saved
+            and recomputed stays as decided, random draws stay those of eager; other numbers are
+            equal up to rounding, as with `torch.compile`. A budget is then that of the graphs
+            before they are compiled.
 
     Returns:
         A new module of the same class (its name and `isinstance` included).
@@ -112,6 +117,7 @@ def rewrite(
         planning_seconds=planning_seconds,
         profile=profile,
         decompose=decompose,
+        compile=compile,
     )
 
 
@@ -130,6 +136,7 @@ def rewrite_(
     planning_seconds: float = 10.0,
     profile: bool = False,
     decompose: bool = False,
+    compile: bool = False,
 ) -> M:
     """Like `rewrite`, in place: `model` itself is rewritten, and returned.
 
@@ -155,7 +162,7 @@ def rewrite_(
     if is_rewritten(model):
         restore_(model)
     by_index = nests and policies.may_tell_apart(policy, save, recompute)
-    options = Options(decide, cache_size, strict, nests, by_index, decompose)
+    options = Options(decide, cache_size, strict, nests, by_index, decompose, compile)
     install(model, _runner(model, options, units, whole=not nests or policy == "sqrt"))
     if example_inputs is not None:
         try:

@@ -26,7 +26,7 @@ from torch._ops import OpOverload
 from torch.fx import Node
 
 from fxckpt import ops
-from fxckpt.joint import memory_of, owner_of, producer, storage_bytes
+from fxckpt.joint import Joint, memory_of, owner_of, producer, storage_bytes
 from fxckpt.schedule import Schedule, Scheduler, Step
 
 
@@ -57,6 +57,12 @@ class Needless:
     forward: Reuse
     backward: Reuse
     unwritten: dict[Node, Node]
+
+
+def all_anew(joint: Joint) -> Needless:
+    """Every operation makes new memory: for compilers, which see to that themselves."""
+    none = Reuse(set(), {})
+    return Needless(none, none, {joint.primals[p]: node for p, node in joint.writes.items()})
 
 
 class Reinplacer:

@@ -39,6 +39,7 @@ from fxckpt import first_run, ops, tree
 from fxckpt.arguments import Arguments, Call
 from fxckpt.errors import CaptureError, FxckptError
 from fxckpt.first_run import Misfit
+from fxckpt.inductor import Compiled
 from fxckpt.joint import Joint
 from fxckpt.levels import outside_of_transforms
 from fxckpt.locks import LOCK
@@ -59,7 +60,8 @@ class Program:
     """One split of a captured callable, ready to run.
 
     `backwards` are further backward graphs for the same residuals. `untried` holds what did not run
-    yet: the keys of backward graphs, None for forward.
+    yet: the keys of backward graphs, None for forward. `compiled` has what Inductor made of graphs,
+    or is None if these run as they are.
     """
 
     joint: Joint
@@ -70,6 +72,7 @@ class Program:
     written: list[int]  # all changed primals
     backwards: dict[BackwardKey, tuple[GraphModule, list[int]]]
     untried: set[BackwardKey | None]
+    compiled: dict[BackwardKey | None, Compiled] | None
 
     def run(self, key: BackwardKey | None, graph: GraphModule, values: list[Any]) -> Any:
         """Runs one of the graphs, as it was recorded, on a list that it empties.
@@ -77,12 +80,21 @@ class Program:
         Raises:
             Misfit: in the first run, if its results are not what capture foresaw.
         """
+        if key in self.untried:
+            with _as_recorded():
+                results = first_run.run(graph, values)
+            self.untried.discard(key)
+            return results
+        run = graph.forward if self.compiled is None else self._compiled(key, graph)
         with _as_recorded():
-            if key not in self.untried:
-                return graph.forward(values)
-            results = first_run.run(graph, values)
-        self.untried.discard(key)
-        return results
+            return run(values)
+
+    def _compiled(self, key: BackwardKey | None, graph: GraphModule) -> Compiled:
+        assert self.compiled is not None, "asked for"
+        with LOCK:
+            if key not in self.compiled:
+                self.compiled[key] = Compiled(graph)
+            return self.compiled[key]
 
 
 @dataclasses.dataclass(slots=True)
@@ -122,6 +134,7 @@ class Captured:
         input_spec: Structure of (args, kwargs).
         module: The module whose tensors the callable reads, if any.
         state: Tells the state of the module; another answer means that a rerun would differ.
+        compile: Whether to compile both graphs with Inductor.
         decompose: Whether to decompose what torch cannot differentiate twice; see `pure`.
     """
 
@@ -134,6 +147,7 @@ class Captured:
         module: torch.nn.Module | None,
         state: Callable[[], Any],
         *,
+        compile: bool = False,
         decompose: bool = False,
     ) -> None:
         self.tape, self.original, self.input_spec = tape, original, input_spec
@@ -142,7 +156,7 @@ class Captured:
         self.confirmed = False  # whether forward was seen to do the same again
         self.standing = Standing()
         self.autocast: AutocastState = autocast_state()
-        self._decide, self._decompose = decide, decompose
+        self._decide, self._compiles, self._decompose = decide, compile, decompose
         self._needs_parts = bool(tape.changes.numbers) or tree.mentions_known(tape.spec)
         self._sources: Mapping[str, Slot] = {p.name: p.source for p in tape.primals}
         self._programs: dict[BackwardKey, Program] = {}
@@ -341,7 +355,9 @@ class Captured:
         with LOCK:
             if key not in program.backwards:
                 joint = self.tape.joint(key)
-                program.backwards[key] = backward_from(joint, program.split)
+                program.backwards[key] = backward_from(
+                    joint, program.split, reuse=not self._compiles
+                )
                 program.untried.add(key)
                 self._expected = key
             return program.backwards[key]
@@ -460,7 +476,7 @@ class Captured:
 
     def _compile(self, key: BackwardKey) -> Program:
         joint, choice = self._chosen(key)
-        halves = split(joint, choice)
+        halves = split(joint, choice, reuse=not self._compiles)
         positions = {name: i for i, name in enumerate(halves.primals)}
         return Program(
             joint,
@@ -471,6 +487,7 @@ class Captured:
             [positions[name] for name in halves.written],
             {key: (halves.backward, [])},
             {None, key},
+            {} if self._compiles else None,
         )
 
 

@@ -15,7 +15,14 @@ from fxckpt import ops
 from fxckpt.codegen import graph_module
 from fxckpt.errors import CaptureError
 from fxckpt.joint import Joint, storage_bytes
-from fxckpt.reinplace import Needless, Reinplacer, Reuse, reinplace, write_into
+from fxckpt.reinplace import (
+    Needless,
+    Reinplacer,
+    Reuse,
+    all_anew,
+    reinplace,
+    write_into,
+)
 from fxckpt.schedule import Before, Residual, Schedule, Scheduler, State, Step, recomputation
 
 aten = torch.ops.aten
@@ -42,17 +49,18 @@ class Split:
     first_states: dict[int, torch.device]
 
 
-def split(joint: Joint, saved: Collection[Node]) -> Split:
+def split(joint: Joint, saved: Collection[Node], *, reuse: bool = True) -> Split:
     """Splits a joint graph in two.
 
     Args:
         joint: The graph; it is not changed.
         saved: The values (see `Joint.values`) that backward may keep; it keeps those that it reads.
             All others are recomputed.
+        reuse: Whether operations may write into memory that is there (see `reinplace`).
     """
     scheduler = Scheduler(joint)
     schedule = scheduler.schedule(saved)
-    needless = Reinplacer(scheduler).needless(schedule)
+    needless = Reinplacer(scheduler).needless(schedule) if reuse else all_anew(joint)
     primals = list(joint.primals)
     saved_primals = [name for name in primals if joint.primals[name] in schedule.primals]
     residuals = [_residual_name(r) for r in schedule.residuals]
@@ -82,12 +90,15 @@ def kept_bytes(joint: Joint, saved: Collection[Node]) -> int:
     )
 
 
-def backward_from(joint: Joint, have: Split) -> tuple[GraphModule, list[int]]:
+def backward_from(
+    joint: Joint, have: Split, *, reuse: bool = True
+) -> tuple[GraphModule, list[int]]:
     """Another backward graph for residuals that a forward already handed on.
 
     Args:
         joint: Same forward as the one of `have`, other cotangents.
         have: The split whose forward ran.
+        reuse: See `split`.
 
     Returns:
         The graph, with arguments (*saved_primals, *residuals, *more primals, *cotangents), and the
@@ -106,7 +117,7 @@ def backward_from(joint: Joint, have: Split) -> tuple[GraphModule, list[int]]:
         raise CaptureError(f"backward needs {missing[0]}, which was not kept")
     extra = [name for name in primals if name not in have.saved_primals]
     arguments = [*have.saved_primals, *have.residuals, *extra]
-    needless = Reinplacer(scheduler).needless(schedule)
+    needless = Reinplacer(scheduler).needless(schedule) if reuse else all_anew(joint)
     backward = _Backward(joint, schedule, needless.backward, arguments)
     module = backward.module([*have.primals, *have.extra])
     return module, [have.primals.index(name) for name in extra]

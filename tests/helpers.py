@@ -300,6 +300,20 @@ def guard_calls(model: nn.Module) -> list[str]:
 # --- counting and watching ----------------------------------------------------------------------
 
 
+def kept_bytes(forward: Callable[[], Any]) -> int:
+    """What autograd keeps for backward besides leaves that get a gradient."""
+    kept: dict[int, Tensor] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        if not (t.is_leaf and t.requires_grad):
+            kept[t.untyped_storage()._cdata] = t
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        forward()
+    return sum(t.untyped_storage().nbytes() for t in kept.values())
+
+
 class Counter(TorchDispatchMode):
     """Counts executed operations by name, e.g. `counter["mm"]`; views and fakes do not count."""
 
