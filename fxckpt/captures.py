@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from typing import Any, NoReturn
 
 import torch
@@ -19,6 +18,7 @@ from fxckpt.errors import CaptureError, let_go_of_frames
 from fxckpt.first_run import Misfit
 from fxckpt.holders import prepare
 from fxckpt.installation import original_forward
+from fxckpt.kin import Kin, forward_of
 from fxckpt.locks import LOCK
 from fxckpt.places import Position
 from fxckpt.reads import Reads
@@ -36,13 +36,15 @@ _MOST_IN_VAIN = 8  # captures for calls of one kind, none of which was used agai
 class Options:
     """What `rewrite` was called with.
 
-    `nests` says whether it also decides inside of something else that is captured.
+    `nests` says whether it also decides inside of something else that is captured, `by_index`
+    whether it may decide differently for modules that differ in nothing but their index in a list.
     """
 
     decide: Decide
     cache_size: int
     strict: bool
     nests: bool = True
+    by_index: bool = True
 
 
 Key = tuple[int | None, Hashable]  # state of the module; modes and arguments
@@ -55,10 +57,13 @@ class Captures:
         module: The module.
         options: What `rewrite` was called with.
         position: Where the module stands in the model that was rewritten.
+        kin: What was captured of modules that may look the same.
     """
 
-    def __init__(self, module: nn.Module, options: Options, position: Position) -> None:
-        self._options, self._position = options, position
+    def __init__(
+        self, module: nn.Module, options: Options, position: Position, kin: Kin | None = None
+    ) -> None:
+        self._options, self._position, self._kin = options, position, kin
         # By signature; the error where the graph cannot be captured. Several per signature if
         # Python read values of the arguments: then their guards decide.
         self._known: OrderedDict[Key, list[Captured] | CaptureError] = OrderedDict()
@@ -135,14 +140,19 @@ class Captures:
         Raises:
             CaptureError: if the call cannot be captured.
         """
+        if self._kin and not self._known:
+            self._kin.prepare(module, self._watch)
         key = self.signature(module, call)
         if self._watch.is_lazy():
             return None
         known = self._latest(key)
         found = next((c for c in known if c.guards_hold(call)), None)
-        if found is not None and found.misfit is not None:
+        if found is not None and found.standing.withdrawn:
             known.remove(found)
-            self._count_misfit(key, found.misfit)
+            found = None
+        elif found is not None and found.standing.misfit is not None:
+            known.remove(found)
+            self._count_misfit(key, found.standing.misfit)
             found = None
         if found is None:
             return self._capture(module, call, key)
@@ -167,6 +177,9 @@ class Captures:
 
     def _capture(self, module: nn.Module, call: Call, key: Key) -> Captured:
         """Captures a call; what it read of the module is part of its signature."""
+        alike = self._kin.find(module, self._watch, call, key[1]) if self._kin else None
+        if alike is not None:
+            return self._added(alike, module, call)
         self._require_hope(key)
         reads: Reads = set()
         error, captured = None, None
@@ -176,12 +189,15 @@ class Captures:
         except CaptureError as failure:
             error = failure
         self._watch.add(reads)
-        key = self.signature(module, call)
         if captured is None:
             assert error is not None
-            self._refuse(key, error)
-        known = self._latest(key)
-        known.append(captured)
+            self._refuse(self.signature(module, call), error)
+        if self._kin:
+            self._kin.add(captured, module, self._watch, call, key[1])
+        return self._added(captured, module, call)
+
+    def _added(self, captured: Captured, module: nn.Module, call: Call) -> Captured:
+        self._latest(self.signature(module, call)).append(captured)
         return captured
 
     def _require_hope(self, key: Key) -> None:
@@ -212,7 +228,7 @@ class Captures:
             self._refuse(key, error)
 
     def _captured(self, tape: Tape, module: nn.Module, call: Call) -> Captured:
-        forward, state = self._forward(module), self._watch.state
+        forward, state = forward_of(module), self._watch.state
         return Captured(tape, self._options.decide, forward, call.spec, module, state)
 
     def _confirmed(self, found: Captured, module: nn.Module, call: Call, key: Key) -> Captured:
@@ -229,6 +245,7 @@ class Captures:
         except CaptureError as error:
             self._refuse(key, error)
         if again.fingerprint != found.tape.fingerprint:
+            found.standing.withdrawn = True
             self._known[key] = CaptureError(
                 "forward does something else when it is called again",
                 hint="Decide on the time, files, counters and the like outside of the model.",
@@ -249,24 +266,13 @@ class Captures:
 
     def _tape(self, module: nn.Module, call: Call, reads: Reads) -> Tape:
         return capture(
-            self._forward(module),
+            forward_of(module),
             call.args,
             call.kwargs,
             module=module,
             position=self._position,
             reads=reads,
         )
-
-    @staticmethod
-    def _forward(module: nn.Module) -> Callable[..., Any]:
-        owner = weakref.ref(module)
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            module = owner()
-            assert module is not None, "a module that is called exists"
-            return original_forward(module)(*args, **kwargs)
-
-        return forward
 
     def _fresh_watch(self, module: nn.Module) -> Watch:
         return Watch(module, self._options.cache_size)

@@ -36,7 +36,17 @@ from torch import nn
 from torch.nn.modules import module as nn_module
 
 from fxckpt import tree
-from fxckpt.contents import MISSING, Inside, Read, globals_of, is_fixed, is_leaf, is_plain, reader
+from fxckpt.contents import (
+    MISSING,
+    Inside,
+    Read,
+    globals_of,
+    is_fixed,
+    is_leaf,
+    is_plain,
+    reader,
+)
+from fxckpt.description import Description
 from fxckpt.errors import CaptureError
 from fxckpt.installation import is_runner, original_class
 from fxckpt.reads import EVERYTHING, Reads
@@ -113,6 +123,40 @@ class Watch:
             self._numbers.clear()
             self._class_attributes = self._found_in_classes()
             self._structure = self._structure_now()
+
+    def described(self) -> tuple[Hashable, list[Any]]:
+        """The state, without reference to which modules these are, and objects that it names.
+
+        Modules whose descriptions are equal look the same to a forward that reads what is watched.
+        The description is valid while the objects exist that it names by their `id`.
+        """
+        self.state()
+        modules = self._modules()
+        numbers = {id(m): ("module", i) for i, m in enumerate(modules)}
+        for i, contents in enumerate(self._contents):
+            numbers.setdefault(contents.place, ("contents", i))
+        described = Description(numbers)
+        kinds = tuple(
+            (original_class(type(m)), tuple(m._modules), described.of(tuple(m._modules.values())))
+            for m in modules
+        )
+        hooks = tuple(
+            (i, kind, described.of(tuple(m.__dict__[kind].values())))
+            for i, m in enumerate(modules)
+            for kind in HOOKS
+            if i and m.__dict__[kind]  # those of the root run around it
+        )
+        classes = tuple(described.of(vars(cls).get(n)) for cls, n in self._class_attributes)
+        held = tuple(c.described(described) for c in self._contents)
+        first: dict[int, int] = {}
+        ties = tuple(first.setdefault(id(t), i) for i, t in enumerate(self._tensors))
+        key = kinds, hooks, classes, held, tuple(self._geometry), ties
+        return key, described.named
+
+    def reads(self) -> list[tuple[int, str]]:
+        """What is watched besides members: positions of modules, and names of attributes."""
+        positions = {id(m): i for i, m in enumerate(self._modules())}
+        return sorted((positions[m], name) for m, name in self._reads if m in positions)
 
     def _modules(self) -> list[nn.Module]:
         root = self._root()
@@ -337,6 +381,16 @@ class _Contents:
         return tuple(
             (name, "like", numbers[value]) if value in numbers else (name, value)
             for name, value in self._parts
+        )
+
+    def described(self, description: Description) -> Hashable:
+        """What it holds, see `Watch.described`."""
+        return tuple(
+            (
+                name if isinstance(name, (str, int)) else description.by_identity(name),
+                None if (self.place, name) in self._slots else description.of(value),
+            )
+            for name, value in zip(self.names, self.before, strict=True)
         )
 
     def _take(self, names: Sequence[Any], values: Sequence[Any]) -> None:

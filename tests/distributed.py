@@ -115,10 +115,10 @@ def data_parallel(rank: int, how: str, kind: str) -> Result:
     }
     model = Blocks(**sizes)
     if how == "before":
-        fxckpt.rewrite_(model, "nothing", strict=True)
+        fxckpt.rewrite_(model, "nothing", strict=True, units="model")
     net = DistributedDataParallel(model, **options.get(kind, {}))
     if how == "after":
-        fxckpt.rewrite_(net.module, "nothing", strict=True)
+        fxckpt.rewrite_(net.module, "nothing", strict=True, units="model")
     optimizer = None
     if kind == "zero":
         from torch.distributed.optim import ZeroRedundancyOptimizer  # warns when it is imported
