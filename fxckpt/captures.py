@@ -19,13 +19,13 @@ from fxckpt.first_run import Misfit
 from fxckpt.holders import prepare
 from fxckpt.installation import original_forward
 from fxckpt.kin import Kin, forward_of
+from fxckpt.levels import Twins, outside_of_transforms, samples
 from fxckpt.locks import LOCK
 from fxckpt.places import Position
 from fxckpt.reads import Reads
 from fxckpt.runtime import Captured, Decide
 from fxckpt.state import exchanged, held_tensors
 from fxckpt.tape import Tape
-from fxckpt.transforms import Twins, outside_of_transforms
 from fxckpt.watch import Watch
 
 _MOST_MISFITS = 8  # then a call runs eagerly
@@ -45,6 +45,7 @@ class Options:
     strict: bool
     nests: bool = True
     by_index: bool = True
+    decompose: bool = False
 
 
 Key = tuple[int | None, Hashable]  # state of the module; modes and arguments
@@ -70,7 +71,7 @@ class Captures:
         self._watch = self._fresh_watch(module)
         self._misfits: Counter[Key] = Counter()
         self._in_vain: Counter[Hashable] = Counter()  # captures since the last use
-        self._twins = Twins()
+        self._twins = Twins(forward=options.decompose)
         self._passed = False  # whether an error that may pass was ignored
         self.generation = 0  # how often the structure of the module changed
 
@@ -132,7 +133,9 @@ class Captures:
             self._known.clear()
             self._watch, self.generation = self._fresh_watch(module), self.generation + 1
             state = self._watch.state()
-        return state, (signature.of_modes(), signature.of_arguments(call.spec, call.inputs))
+        count = 1 if self._options.nests else samples()  # of which a plan has to know
+        arguments = signature.of_arguments(call.spec, call.inputs)
+        return state, (signature.of_modes(), arguments, count)
 
     def _found(self, module: nn.Module, call: Call) -> Captured | None:
         """None if there is nothing to capture yet.
@@ -228,8 +231,10 @@ class Captures:
             self._refuse(key, error)
 
     def _captured(self, tape: Tape, module: nn.Module, call: Call) -> Captured:
-        forward, state = forward_of(module), self._watch.state
-        return Captured(tape, self._options.decide, forward, call.spec, module, state)
+        forward, state, options = forward_of(module), self._watch.state, self._options
+        return Captured(
+            tape, options.decide, forward, call.spec, module, state, decompose=options.decompose
+        )
 
     def _confirmed(self, found: Captured, module: nn.Module, call: Call, key: Key) -> Captured:
         """At the second call, runs the Python of forward again: it has to do the same.

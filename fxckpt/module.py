@@ -36,6 +36,7 @@ def rewrite(
     strict: bool = False,
     planning_seconds: float = 10.0,
     profile: bool = False,
+    decompose: bool = False,
 ) -> M:
     """A module like `model` whose training step keeps fewer activations and recomputes the rest.
 
@@ -72,6 +73,11 @@ def rewrite(
         planning_seconds: How long to look for a better plan, about, at each capture.
         profile: Whether to time each distinct operation for planning, instead of taking its time
             from rates of the device.
+        decompose: Whether to differentiate torch's own decomposition of an operation (fused
+            attention, `hardsigmoid`, ...) where torch has no rule for a second derivative or for
+            forward mode, instead of raising torch's error. Such derivatives are those of plain
+            operations up to rounding, and cost more memory. Values and gradients of first order
+            stay what they are, bit by bit.
 
     Returns:
         A new module of the same class (its name and `isinstance` included).
@@ -105,6 +111,7 @@ def rewrite(
         strict=strict,
         planning_seconds=planning_seconds,
         profile=profile,
+        decompose=decompose,
     )
 
 
@@ -122,6 +129,7 @@ def rewrite_(
     strict: bool = False,
     planning_seconds: float = 10.0,
     profile: bool = False,
+    decompose: bool = False,
 ) -> M:
     """Like `rewrite`, in place: `model` itself is rewritten, and returned.
 
@@ -147,7 +155,7 @@ def rewrite_(
     if is_rewritten(model):
         restore_(model)
     by_index = nests and policies.may_tell_apart(policy, save, recompute)
-    options = Options(decide, cache_size, strict, nests, by_index)
+    options = Options(decide, cache_size, strict, nests, by_index, decompose)
     install(model, _runner(model, options, units, whole=not nests or policy == "sqrt"))
     if example_inputs is not None:
         try:
@@ -233,6 +241,11 @@ def _require_module(call: str, model: Any) -> None:
         raise FxckptError(
             f"{call}(model, ...): {type(model).__name__} is compiled already. "
             "Rewrite the original module, then compile"
+        )
+    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        raise FxckptError(
+            f"{call}(model, ...): {type(model).__name__} communicates with other processes. "
+            "Rewrite the module inside (model.module), before or after it is wrapped"
         )
 
 

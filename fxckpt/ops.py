@@ -472,6 +472,11 @@ def made_like(op: OpOverload, like: torch.Tensor, /, *args: Any, **kwargs: Any) 
     return like.new_empty_strided(*args, **kwargs)
 
 
+def masked(x: torch.Tensor, mask: torch.Tensor, p: float) -> torch.Tensor:
+    """The result of `native_dropout` for a mask that was drawn."""
+    return x * (mask * (0.0 if p == 1 else 1 / (1 - p)))
+
+
 def reshaped(x: torch.Tensor, size: Sequence[int], _: Sequence[int]) -> torch.Tensor:
     """`_reshape_alias` for any strides of `x`."""
     return x.reshape(size)

@@ -213,6 +213,8 @@ class Recorder(TorchDispatchMode):
     def _dispatch(self, func: Any, args: Any, kwargs: Any) -> Any:
         if not isinstance(func, OpOverload):
             raise CaptureError(f"the higher-order operation {func} cannot be recorded")
+        if func.namespace == "profiler":  # names what runs, for who measures
+            return func(*args, **kwargs)
         if ops.is_collective(func):
             raise CaptureError(
                 f"{self.phase} communicates with other processes ({func})",
@@ -220,8 +222,6 @@ class Recorder(TorchDispatchMode):
             )
         if func is aten.lift_fresh.default:
             return self._constant(args[0])
-        if func.namespace == "profiler":  # names what runs, for who measures
-            return func(*args, **kwargs)
         args, kwargs = self._faked(args), self._faked(kwargs)
         if torch.Tag.data_dependent_output in func.tags or func is aten.is_nonzero.default:
             return self._read(func, args, kwargs)

@@ -40,14 +40,16 @@ from fxckpt.arguments import Arguments, Call
 from fxckpt.errors import CaptureError, FxckptError
 from fxckpt.first_run import Misfit
 from fxckpt.joint import Joint
+from fxckpt.levels import outside_of_transforms
 from fxckpt.locks import LOCK
 from fxckpt.modes import AutocastState, autocast_as, autocast_state
 from fxckpt.nests import with_nests
+from fxckpt.pure import Pure, pure
 from fxckpt.schedule import Choice, read_before_written
 from fxckpt.split import Split, backward_from, kept_bytes, split
 from fxckpt.state import Slot, substituted
 from fxckpt.tape import BackwardKey, Result, Tape
-from fxckpt.transforms import Pure, Transformed, pure
+from fxckpt.transforms import Transformed
 
 Decide = Callable[[Joint], Collection[torch.fx.Node]]
 
@@ -120,6 +122,7 @@ class Captured:
         input_spec: Structure of (args, kwargs).
         module: The module whose tensors the callable reads, if any.
         state: Tells the state of the module; another answer means that a rerun would differ.
+        decompose: Whether to decompose what torch cannot differentiate twice; see `pure`.
     """
 
     def __init__(
@@ -130,6 +133,8 @@ class Captured:
         input_spec: tree.Spec,
         module: torch.nn.Module | None,
         state: Callable[[], Any],
+        *,
+        decompose: bool = False,
     ) -> None:
         self.tape, self.original, self.input_spec = tape, original, input_spec
         self.state = state
@@ -137,7 +142,7 @@ class Captured:
         self.confirmed = False  # whether forward was seen to do the same again
         self.standing = Standing()
         self.autocast: AutocastState = autocast_state()
-        self._decide = decide
+        self._decide, self._decompose = decide, decompose
         self._needs_parts = bool(tape.changes.numbers) or tree.mentions_known(tape.spec)
         self._sources: Mapping[str, Slot] = {p.name: p.source for p in tape.primals}
         self._programs: dict[BackwardKey, Program] = {}
@@ -247,13 +252,17 @@ class Captured:
         """
         if self.tape.assigned:
             raise CaptureError("forward assigns to a module under a torch.func transform")
-        joint, choice = self.tape.joint(self._expected), self._chosen(self._expected)[1]
-        if choice.joint is not None:  # that of a plan, whose values have the same names
-            names = {node.name for node in choice}
-            choice = Choice(frozenset(n for n in joint.forward_nodes() if n.name in names))
-        moving = {p.name for p in self.tape.primals if p.requires_grad}
-        cotangents = [c is not None for c in self._expected.cotangents]
-        return pure(joint, choice, moving, cotangents)
+        key = dataclasses.replace(self._expected, recorded=True)
+        with outside_of_transforms(), torch.enable_grad():
+            joint, choice = self.tape.joint(key), self._chosen(self._expected)[1]
+            if choice.joint is None:
+                choice = self._chosen(key)[1]
+            else:  # that of a plan, whose values have the same names
+                names = {node.name for node in choice}
+                choice = Choice(frozenset(n for n in joint.forward_nodes() if n.name in names))
+            moving = {p.name for p in self.tape.primals if p.requires_grad}
+            cotangents = [c is not None for c in self._expected.cotangents]
+            return pure(joint, choice, moving, cotangents, decompose=self._decompose)
 
     def run_transformed(self, arguments: Call) -> Any:
         """Like a call, under transforms of `torch.func`.
@@ -356,10 +365,12 @@ class Captured:
         wanted = [stand_ins[id(p)] for p in call.primals if p.requires_grad]
         inputs = [stand_ins.get(id(t), t) for t in call.inputs]
         with self._as_called(call, stand_ins), torch.enable_grad():
-            results = self._results_again(Arguments(self.input_spec, inputs))
-        made = zip(self.tape.results, results, strict=True)
-        by_origin = {r.origin: t for r, t in made if t.requires_grad}
-        pairs = [(_base(by_origin[i]), c) for i, c in enumerate(cotangents) if c is not None]
+            if self._is_decomposed():
+                primals = [stand_ins[id(p)] for p in call.primals]
+                outputs: Any = Transformed.apply(self.pure, *primals)
+            else:
+                outputs = self._outputs_again(Arguments(self.input_spec, inputs))
+        pairs = [(outputs[i], c) for i, c in enumerate(cotangents) if c is not None]
         grads = torch.autograd.grad(
             [t for t, _ in pairs],
             wanted,
@@ -371,12 +382,24 @@ class Captured:
         extra = [None] * len(call.program.split.extra)
         return [*(found.get(id(stand_ins[id(p)])) for p in call.primals), *extra]
 
-    def _results_again(self, arguments: Arguments) -> list[torch.Tensor]:
-        """The tensors that the callable leaves in its result, in modules and in its arguments."""
+    def _is_decomposed(self) -> bool:
+        """Whether forward has operations that only their decompositions differentiate twice."""
+        try:
+            return self._decompose and self.pure.decomposed
+        except CaptureError:
+            return False
+
+    def _outputs_again(self, arguments: Arguments) -> dict[int | str, torch.Tensor]:
+        """Outputs of the graph, by origin, of what the callable leaves behind.
+
+        That is in its result, in modules and in its arguments.
+        """
         result = self.original(*arguments.args, **arguments.kwargs)
         values = [container[key] for container, key in self.tape.assigned]
         contents = arguments.contents(self.tape.changes.numbers)
-        return tree.flatten((result, values, contents), known=arguments.known)[0]
+        tensors = tree.flatten((result, values, contents), known=arguments.known)[0]
+        made = zip(self.tape.results, tensors, strict=True)
+        return {r.origin: _base(t) for r, t in made if t.requires_grad}
 
     def _stand_ins(self, call: _Call) -> dict[int, torch.Tensor]:
         """What the model is run on again, for each primal of the call (by `id`).

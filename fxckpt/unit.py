@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils._device import DeviceContext
 
-from fxckpt import transforms
+from fxckpt import levels
 from fxckpt.arguments import Call
 from fxckpt.capture import is_capturing
 from fxckpt.captures import Captures, Options
@@ -65,7 +65,7 @@ class Unit:
             return run_within(self.options, module, args, kwargs)
         if _is_traced(module):
             return original_forward(module)(*args, **kwargs)
-        if transforms.is_active():
+        if levels.is_active():
             return self._run_transformed(module, args, kwargs)
         found, call = self.captures.find(module, args, kwargs)
         if isinstance(found, CaptureError):
@@ -195,7 +195,7 @@ class Part:
         parts = whole.parts if whole is not None else None
         if whole is None or parts is None or not (parts.active() and torch.is_grad_enabled()):
             return original_forward(module)(*args, **kwargs)
-        if _is_traced(module) or transforms.is_active():
+        if _is_traced(module) or levels.is_active():
             return original_forward(module)(*args, **kwargs)
         if self._owner() is not module or self._cast.may_be(parts):
             return original_forward(module)(*args, **kwargs)
@@ -248,8 +248,7 @@ def _is_traced(module: nn.Module) -> bool:
         or torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or torch.fx._symbolic_trace._is_fx_tracing_flag
-        or (transforms.is_active() and not transforms.are_known())
-        or (torch.autograd.forward_ad._current_level >= 0 and not transforms.is_active())
+        or (levels.is_active() and not levels.are_known())
         or _has_function_mode()
         or torch.nn.utils.parametrize._cache_enabled > 0
         or getattr(module, "_is_replica", False)

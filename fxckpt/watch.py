@@ -368,6 +368,16 @@ class _Contents:
         """The tensors in it."""
         return [v for v in self.before if isinstance(v, torch.Tensor)]
 
+    def described(self, description: Description) -> Hashable:
+        """What it holds, see `Watch.described`."""
+        return tuple(
+            (
+                name if isinstance(name, (str, int)) else description.by_identity(name),
+                None if (self.place, name) in self._slots else description.of(value),
+            )
+            for name, value in zip(self.names, self.before, strict=True)
+        )
+
     def is_data(self) -> bool:
         """Whether another object with the same contents serves as well."""
         return type(self.owner) in (list, dict, set) and not self.tensors()
@@ -381,16 +391,6 @@ class _Contents:
         return tuple(
             (name, "like", numbers[value]) if value in numbers else (name, value)
             for name, value in self._parts
-        )
-
-    def described(self, description: Description) -> Hashable:
-        """What it holds, see `Watch.described`."""
-        return tuple(
-            (
-                name if isinstance(name, (str, int)) else description.by_identity(name),
-                None if (self.place, name) in self._slots else description.of(value),
-            )
-            for name, value in zip(self.names, self.before, strict=True)
         )
 
     def _take(self, names: Sequence[Any], values: Sequence[Any]) -> None:

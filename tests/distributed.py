@@ -115,10 +115,10 @@ def data_parallel(rank: int, how: str, kind: str) -> Result:
     }
     model = Blocks(**sizes)
     if how == "before":
-        fxckpt.rewrite_(model, "nothing", strict=True, units="model")
+        fxckpt.rewrite_(model, "nothing", units="model", strict=True)
     net = DistributedDataParallel(model, **options.get(kind, {}))
     if how == "after":
-        fxckpt.rewrite_(net.module, "nothing", strict=True, units="model")
+        fxckpt.rewrite_(net.module, "nothing", units="model", strict=True)
     optimizer = None
     if kind == "zero":
         from torch.distributed.optim import ZeroRedundancyOptimizer  # warns when it is imported
@@ -163,7 +163,7 @@ def tensor_parallel(rank: int, how: str, _: str) -> Result:
     for block in model.blocks:
         parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
     if how == "after":
-        fxckpt.rewrite_(model, "nothing")
+        fxckpt.rewrite_(model, "nothing", units="model")
     return {**train(model), "captured": captured(model)}
 
 
@@ -243,7 +243,7 @@ def collective(rank: int, how: str, kind: str) -> Result:
     """Trained with communication in its forward or backward."""
     model = Communicates(COLLECTIVES[kind])
     if how == "after":
-        fxckpt.rewrite_(model, "nothing")
+        fxckpt.rewrite_(model, "nothing", units="model")
     with Counter() as counter:
         found = train(model, seed=rank)
     return {**found, "count": counter.count}
@@ -256,7 +256,7 @@ def checkpoint(rank: int, how: str, folder: str) -> Result:
     """A distributed checkpoint, of a rewritten model or of eager, read by eager."""
     model = Blocks()
     if how == "before":
-        fxckpt.rewrite_(model, "nothing", strict=True)
+        fxckpt.rewrite_(model, "nothing", units="model", strict=True)
     net = DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
     train(net, optimizer, seed=rank)

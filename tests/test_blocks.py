@@ -412,7 +412,7 @@ def test_errors(call: Callable[[], Any], error: type[Exception], message: str) -
         ({"recompute": nn.Linear}, True),
         ({"policy": lambda value: value.path.startswith("layers.0")}, False),
     ],
-    ids=str,
+    ids=["dots", "path", "numbered path", "class", "function"],
 )
 def test_a_policy_may_tell_blocks_apart(policy: Any, shared: bool) -> None:
     def rewrite(model: nn.Module, _: Any) -> nn.Module:

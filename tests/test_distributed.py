@@ -7,8 +7,10 @@ from typing import Any
 import distributed
 import pytest
 import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-pytestmark = pytest.mark.slow
+import fxckpt
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +35,7 @@ def compared(results: list[dict[str, Any]], case: str, how: str) -> list[dict[st
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["before", "after"])
 @pytest.mark.parametrize("kind", distributed.KINDS)
 def test_data_parallel(kind: str, how: str, results: list[dict[str, Any]]) -> None:
@@ -41,6 +44,7 @@ def test_data_parallel(kind: str, how: str, results: list[dict[str, Any]]) -> No
         assert not found["warnings"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["before", "after"])
 @pytest.mark.parametrize("kind", ["plain", "kept", "bfloat16"])
 def test_each_block_sharded(kind: str, how: str, results: list[dict[str, Any]]) -> None:
@@ -49,11 +53,13 @@ def test_each_block_sharded(kind: str, how: str, results: list[dict[str, Any]]) 
         assert not found["warnings"]
 
 
+@pytest.mark.slow
 def test_tensor_parallel_falls_back(results: list[dict[str, Any]]) -> None:
     for found in compared(results, "tensor parallel, plain", "after"):
         assert "a tensor of class DTensor is used" in found["warnings"][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", distributed.COLLECTIVES)
 def test_nothing_is_communicated_twice(kind: str, results: list[dict[str, Any]]) -> None:
     for found in compared(results, f"collective, {kind}", "after"):
@@ -63,5 +69,14 @@ def test_nothing_is_communicated_twice(kind: str, results: list[dict[str, Any]])
         assert "but for 2 of its parts (first, second)" in warning
 
 
+@pytest.mark.slow
 def test_distributed_checkpoint(results: list[dict[str, Any]]) -> None:
     compared(results, "checkpoint, ", "before")
+
+
+def test_wrapper_is_refused() -> None:
+    wrapper = DistributedDataParallel.__new__(DistributedDataParallel)
+    nn.Module.__init__(wrapper)
+    for call in (fxckpt.rewrite, fxckpt.rewrite_):
+        with pytest.raises(fxckpt.FxckptError, match=r"Rewrite the module inside .*\.module"):
+            call(wrapper, "block")

@@ -34,10 +34,15 @@ def lean(model: nn.Module) -> nn.Module:
     return fxckpt.rewrite_(model, "nothing")  # blocks are the default in distributed training
 
 
+def inside(model: nn.Module) -> nn.Module:
+    lean(model.module)
+    return model
+
+
 MIXED = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
 WAYS: dict[str, tuple[Callable[[nn.Module], nn.Module], Callable[[nn.Module], nn.Module]]] = {
     "ddp": (DistributedDataParallel, lambda m: DistributedDataParallel(lean(m))),
-    "ddp first": (DistributedDataParallel, lambda m: lean(DistributedDataParallel(m))),
+    "ddp first": (DistributedDataParallel, lambda m: inside(DistributedDataParallel(m))),
     "fsdp": (shard, lambda m: shard(lean(m))),
     "fsdp first": (shard, lambda m: lean(shard(m))),
     "fsdp mixed": (lambda m: shard(m, mp_policy=MIXED), lambda m: shard(lean(m), mp_policy=MIXED)),

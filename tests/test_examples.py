@@ -110,6 +110,24 @@ def test_memory_grows_like_the_square_root(run) -> None:
         assert grown_ours < 1.2 * growth**0.5
 
 
+def test_the_library_from_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    found = importlib.import_module("from_scratch").main()
+    assert all(equal for _, equal in found.values())
+    assert found["all"][0] == 1 > found["dots"][0]
+    assert found["70%"][0] <= 0.7
+
+
+def test_every_page_is_in_the_navigation_and_its_code_is_tested() -> None:
+    """Blocks of Python are doctests, or include a file that is run by a test."""
+    listed = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    for path in (ROOT / "docs").rglob("*.md"):
+        assert f"{path.relative_to(ROOT / 'docs')}\n" in listed
+        blocks = re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
+        for block in blocks:
+            assert block.startswith((">>> ", "--8<--")), f"{path}: {block}"
+
+
 def test_trainer(run) -> None:
     without, with_, equal = run("trainer", 4)
     assert len(without) == 4 + 2  # and as many evaluations
@@ -147,24 +165,6 @@ def test_two_processes(run) -> None:
     for without, with_ in found:
         assert len(without) == 4
         assert without == with_
-
-
-def test_the_library_from_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "docs"))
-    found = importlib.import_module("from_scratch").main()
-    assert all(equal for _, equal in found.values())
-    assert found["all"][0] == 1 > found["dots"][0]
-    assert found["70%"][0] <= 0.7
-
-
-def test_every_page_is_in_the_navigation_and_its_code_is_tested() -> None:
-    """Blocks of Python are doctests, or include a file that is run by a test."""
-    listed = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
-    for path in (ROOT / "docs").rglob("*.md"):
-        assert f"{path.relative_to(ROOT / 'docs')}\n" in listed
-        blocks = re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
-        for block in blocks:
-            assert block.startswith((">>> ", "--8<--")), f"{path}: {block}"
 
 
 # --- docs/limits.md -----------------------------------------------------------------------------
