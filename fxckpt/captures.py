@@ -36,13 +36,15 @@ _MOST_IN_VAIN = 8  # captures for calls of one kind, none of which was used agai
 class Options:
     """What `rewrite` was called with.
 
-    `nests` says whether it also decides inside of something else that is captured.
+    `nests` says whether it also decides inside of something else that is captured, and `told` is
+    what reports say of all this.
     """
 
     decide: Decide
     cache_size: int
     strict: bool
     nests: bool = True
+    told: str = ""
 
 
 Key = tuple[int | None, Hashable]  # state of the module; modes and arguments

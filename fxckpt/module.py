@@ -131,7 +131,8 @@ def rewrite_(
     if is_rewritten(model):
         restore_(model)
     nests = budget is None and plan is None  # a plan is one for the whole
-    install(model, Unit(model, Options(decide, cache_size, strict, nests)))
+    told = policies.described(policy, save=save, recompute=recompute) if nests else "planned"
+    install(model, Unit(model, Options(decide, cache_size, strict, nests, told)))
     if example_inputs is not None:
         try:
             args, kwargs = _example(example_inputs)

@@ -8,6 +8,7 @@ given out whose replay needs more than the budget.
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -29,6 +30,7 @@ from fxckpt.search import Found, Search
 
 AnyDevice = Device | torch.device | str | None
 _SECONDS_OF_REPLAY = 5e-6  # for each node of a graph, about
+_PLANS_KEPT = 32  # for reports
 _SHARE = 0.3  # of the seconds for planning that replays for one budget may take
 
 
@@ -58,8 +60,8 @@ class Planner:
         profile: bool = False,
         seconds: float = 10.0,
     ) -> None:
-        costs = _costs(joint, device, profile)
-        here = costs.device.name == str(_device_of(joint))
+        costs = costs_of(joint, device, profile)
+        here = are_here(costs, joint)
         self._given, self._costs = joint, costs
         self._eager = Memory(joint, workspaces=here, eager=True)
         self.eager_peak = self._eager.replay(self._eager.values).peak
@@ -169,13 +171,22 @@ class WithinBudget:
 
     def __init__(self, budget: Any, seconds: float, *, profile: bool = False) -> None:
         self._bytes_of, self._seconds, self._profile = parse_budget(budget), seconds, profile
+        self._plans: OrderedDict[str, Plan] = OrderedDict()  # the latest, by graph
 
     def __call__(self, joint: Joint) -> Choice:
         """The values to save."""
         if joint.position != ROOT:
             return Choice(frozenset())
         planner = Planner(joint, profile=self._profile, seconds=self._seconds)
-        return planner.plan(self._bytes_of(planner.eager_peak)).choice(planner.joint)
+        plan = planner.plan(self._bytes_of(planner.eager_peak))
+        self._plans[plan.graph] = plan
+        if len(self._plans) > _PLANS_KEPT:
+            self._plans.popitem(last=False)
+        return plan.choice(planner.joint)
+
+    def plan_of(self, joint: Joint) -> Plan | None:
+        """The plan that was made for a graph, if it was one of the latest."""
+        return self._plans.get(fingerprint(joint))
 
 
 class AsPlanned:
@@ -205,6 +216,10 @@ class AsPlanned:
                 "of torch. Make one for this call with fxckpt.plan"
             )
         return self._others(joint)
+
+    def plan_of(self, joint: Joint) -> Plan | None:
+        """The plan for a graph, see `WithinBudget`."""
+        return self._plan if self._plan.is_for(joint) else self._others.plan_of(joint)
 
 
 def parse_budget(budget: Any) -> Callable[[int], int]:
@@ -237,14 +252,14 @@ def _path(node: Node) -> str:
     return str(node.meta.get("path") or "")
 
 
-def _costs(joint: Joint, device: AnyDevice, profile: bool) -> Costs:
+def costs_of(joint: Joint, device: AnyDevice = None, profile: bool = False) -> Costs:
     """The seconds of operations.
 
     Raises:
         BudgetError: if the device is not known, or not here although it has to be.
     """
     if device is None:
-        device = _device_of(joint)
+        device = device_of(joint)
     if isinstance(device, str):
         device = DEVICES.get(device) or _parsed(device)
     if isinstance(device, Device):
@@ -262,6 +277,11 @@ def _costs(joint: Joint, device: AnyDevice, profile: bool) -> Costs:
     return profiled(joint, device) if profile else Costs(measured(device))
 
 
+def are_here(costs: Costs, joint: Joint) -> bool:
+    """Whether costs are those of the device that a graph is on: then workspaces are known."""
+    return costs.device.name == str(device_of(joint))
+
+
 def _parsed(name: str) -> torch.device:
     try:
         return torch.device(name)
@@ -270,9 +290,12 @@ def _parsed(name: str) -> torch.device:
         raise BudgetError(f"device={name!r} is not known: the names are {names}") from None
 
 
-def _device_of(joint: Joint) -> torch.device:
-    nodes = [n for n in joint.forward_nodes() if ops.node_device(n).type != "meta"]
-    return ops.node_device(nodes[-1])
+def device_of(joint: Joint) -> torch.device:
+    """The device that a graph is on."""
+    # Not that of views: those that have several results may say nothing of them.
+    own = (n for n in joint.forward_nodes() if n.meta.get("alias") is None)
+    devices = [device for n in own if (device := ops.node_device(n)).type != "meta"]
+    return devices[-1]
 
 
 def _names(nodes: Collection[Node], some: Collection[Node]) -> tuple[str, ...]:

@@ -48,6 +48,7 @@ class Unit:
         self._generation = 0  # of the structure that the parts belong to
         self._sharing: set[str] | None = None  # parts that share parameters, found in this run
         self._told: set[str] = set()  # lines, or reasons, that were warned of
+        self.failure: CaptureError | None = None  # why the latest call ran eagerly
         self._may_pass = False  # whether the next call may do better, so that nothing is told
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -61,6 +62,7 @@ class Unit:
         if transforms.is_active():
             return self._run_transformed(module, args, kwargs)
         found, call = self.captures.find(module, args, kwargs)
+        self.failure = found if isinstance(found, CaptureError) else None
         if isinstance(found, CaptureError):
             return self._run_eagerly(module, args, kwargs, found)
         if found is None:
@@ -132,6 +134,13 @@ class Unit:
         if first:
             _warn(f"{type(module).__name__} {_how_it_runs(self._saving_parts())}", failure)
         return result
+
+    def captured(self) -> list[Captured]:
+        """What ran in the latest call: the module as a whole, or its parts, or nothing yet."""
+        if self.failure is None:
+            return [] if self.latest is None else [self.latest]
+        runners = self._parts.runners() if self._parts is not None else []
+        return [part.latest for _, part in runners if part.latest is not None]
 
     def _saving_parts(self) -> list[str]:
         runners = self._parts.runners() if self._parts is not None else []
