@@ -74,7 +74,7 @@ def explain(
         >>> model = torch.nn.Sequential(*[torch.nn.Linear(64, 64), torch.nn.Tanh()] * 8)
         >>> report = fxckpt.explain(model, torch.ones(512, 64), policy="nothing", device="a100")
         >>> {row.action for row in report.rows}
-        {'recomputed', 'output'}
+        {'recomputed'}
     """
     module = _module(model_or_fn)
     options = {"policy": policy, "budget": budget, "save": save, "recompute": recompute}
@@ -95,7 +95,7 @@ def explain(
     about = Circumstances(
         getattr(model_or_fn, "__name__", type(model_or_fn).__name__),
         _inputs(subjects[0].given, parameters_of(model_or_fn)),
-        sum(t.untyped_storage().nbytes() for t in _storages(module)),
+        sum(t.untyped_storage().nbytes() for t in storages_of(module)),
         device,
     )
     accounts = [account_of(each, about) for each in subjects]
@@ -238,7 +238,7 @@ def _inputs(joint: Joint, parameters: list[str]) -> tuple[Input, ...]:
     return tuple(found)
 
 
-def _storages(module: nn.Module) -> list[torch.Tensor]:
+def storages_of(module: nn.Module) -> list[torch.Tensor]:
     """One tensor for each storage of parameters and buffers."""
     tensors = (*module.parameters(), *module.buffers())
     return [*{t.untyped_storage()._cdata: t for t in tensors}.values()]

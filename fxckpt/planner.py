@@ -28,6 +28,11 @@ from fxckpt.rates import DEVICES, Device, measured
 from fxckpt.schedule import Choice
 from fxckpt.search import Found, Search
 
+_PEERS = {  # what people use, by the policy that does the same
+    "per-block checkpointing": "block",
+    "selective, matmuls saved": "dots",
+    "sqrt(n) segments": "sqrt",
+}
 AnyDevice = Device | torch.device | str | None
 _SECONDS_OF_REPLAY = 5e-6  # for each node of a graph, about
 _PLANS_KEPT = 32  # for reports
@@ -91,6 +96,17 @@ class Planner:
         """
         replay = self._eager.replay(decide(self._given))
         return replay.peak, math.fsum(self._costs.seconds(n) for n in replay.again)
+
+    def peers(self) -> dict[str, tuple[int, float]]:
+        """What usual strategies come to: bytes at the peak, and what runs again, of the step."""
+        found = {}
+        for title, name in _PEERS.items():
+            try:
+                peak, seconds = self.strategy(policies.NAMES[name])
+            except PolicyError:
+                continue  # it has no layers of this kind
+            found[title] = peak, seconds / self._step_seconds if self._step_seconds else 0.0
+        return found
 
     def plan(self, budget: int) -> Plan:
         """The fastest plan within a budget of bytes that is found.

@@ -147,7 +147,7 @@ def plot_frontier(
     device: str,
     chosen: Spot | None = None,
 ) -> None:
-    """Draws what plans cost for their memory, and what usual strategies do.
+    """Draws what plans cost for their memory, connected by lines, and what usual strategies do.
 
     Raises:
         FxckptError: if matplotlib is not installed.
@@ -155,10 +155,9 @@ def plot_frontier(
     figure, axes = _canvas(width=8, height=4.6)
     unit, name = _unit(eager_peak)
     points = sorted({*curve})
-    axes.step(
+    axes.plot(
         [p.peak / unit for p in points],
         [100 * p.overhead for p in points],
-        where="post",
         color=COLOURS["saved"],
         marker="o",
         markersize=4,

@@ -392,3 +392,20 @@ def test_plot_to_a_file_of_an_unknown_kind(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     with pytest.raises(FxckptError, match="docx"):
         explained(chain(2, 16), X).plot(tmp_path / "memory.docx")
+
+
+def test_the_curve_and_its_rivals(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    case = build("gpt2", tiny=True)
+    curve = fxckpt.frontier(
+        case.model, points=3, device=DEVICE, planning_seconds=0.5, **case.batch(0)
+    )
+    assert curve.peers.keys() == {
+        "per-block checkpointing", "selective, matmuls saved", "sqrt(n) segments"
+    }  # fmt: skip
+    for name, ours in curve.beside.items():
+        assert ours.peak <= curve.peers[name].peak
+        assert ours.overhead <= curve.peers[name].overhead
+    assert json.loads(json.dumps(curve.to_dict())) == curve.to_dict()
+    curve.plot(tmp_path / "curve.svg", chosen=curve[1])
+    assert "per-block checkpointing" in (tmp_path / "curve.svg").read_text()
