@@ -37,6 +37,7 @@ from fxckpt.frontiers import Frontier
 from fxckpt.planning import fit_batch, frontier, plan
 from fxckpt.quantities import parse_bytes, readable, readable_seconds
 from fxckpt.rates import DEVICES
+from fxckpt.render import other_kernels
 from fxckpt.targets import DTYPES, Sizes, Target, load
 
 FITS, TOO_LARGE, UNKNOWN = 0, 1, 2
@@ -222,7 +223,8 @@ def _on_the_device(options: Any, target: Target, peak: int) -> str:
     device = DEVICES.get(options.device)
     if device is None or device.memory is None:
         return whole
-    return f"{whole}; {device.name} has {readable(device.memory)}"
+    whole += f"; {device.name} has {readable(device.memory)}"
+    return f"{whole}\n{other_kernels('cpu', device.name)}"
 
 
 def _show(options: Any, data: Any, text: str) -> None:

@@ -69,7 +69,7 @@ def plot_memory(account: Account, path: str | os.PathLike[str]) -> None:
     axes.set_xlabel(f"time in the step, {time} (by the rates of {account.device})")
     axes.set_ylabel(f"memory, {name}")
     axes.set_title(f"{account.title}, {account.how}", loc="left", fontsize=11)
-    _legend(axes)
+    _legend(axes, reverse=True)
     _save(figure, path)
 
 
@@ -184,7 +184,7 @@ def plot_frontier(
     axes.set_ylabel("time that runs again, % of the step")
     axes.set_title(f"Memory and time, by the rates of {device}", loc="left", fontsize=11)
     axes.grid(alpha=0.3)
-    _legend(axes)
+    _legend(axes, reverse=False)
     _save(figure, path)
 
 
@@ -207,12 +207,10 @@ def _canvas(width: float, height: float) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _legend(axes: Any) -> None:
-    """Right of the picture, in the order in which areas lie on each other."""
-    handles, labels = axes.get_legend_handles_labels()
+def _legend(axes: Any, *, reverse: bool) -> None:
+    """Right of the picture; reversed, in the order in which areas lie on each other."""
     axes.legend(
-        handles[::-1],
-        labels[::-1],
+        reverse=reverse,
         loc="upper left",
         bbox_to_anchor=(1.01, 1),
         borderaxespad=0,

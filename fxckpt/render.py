@@ -50,12 +50,22 @@ def _circumstances(account: Account) -> list[str]:
         f"Times by the rates of {account.device}. Parameters and buffers of "
         f"{readable(account.parameters)} are there before the step, and not in the figures."
     ]
+    if account.device != account.placed:
+        lines.append(other_kernels(account.placed, account.device))
     if account.allocated is not None:
         lines.append(
             f"At most {readable(account.allocated)} were allocated on the device so far, all "
             "included (torch.cuda.max_memory_allocated)."
         )
     return lines
+
+
+def other_kernels(placed: str, device: str) -> str:
+    """What to know of a step that was captured on another device than it is to run on."""
+    return (
+        f"The operations are those that run on {placed}: {device} has kernels, above all for "
+        "attention, that may keep less."
+    )
 
 
 def _wrapped(lines: Iterable[str], indent: str = "") -> list[str]:
