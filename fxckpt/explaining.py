@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from fxckpt import policies
-from fxckpt.account import AS_IT_IS, Account, Input
+from fxckpt.account import AS_IT_IS, Account, Input, Row
 from fxckpt.accounting import Circumstances, Subject, account_of
+from fxckpt.blocks import Blocks
 from fxckpt.capture import capture
 from fxckpt.errors import CaptureError, FxckptError
 from fxckpt.functional import Called, is_checkpointed, module_of
@@ -79,27 +80,26 @@ def explain(
     module = _module(model_or_fn)
     options = {"policy": policy, "budget": budget, "save": save, "recompute": recompute}
     given = {name: value for name, value in options.items() if value not in (None, ())}
-    failure = None
     if measure and not args and not kwargs:
         raise FxckptError(
             "explain(model, measure=True): a step needs the arguments of the call: "
             "explain(model, x, measure=True)"
         )
+    why = ""
     if installed(module) is not None and not given:
-        subjects, failure = _of_rewritten(module, args, kwargs)
+        subjects, why = _of_rewritten(module, args, kwargs)
         runs = module
     else:
         subject = _of_plain(module, args, kwargs, given, device, planning_seconds)
-        subjects = [subject]
+        subjects = [("", subject)]
         runs = _as_explained(module, subject, given) if measure else module
     about = Circumstances(
         getattr(model_or_fn, "__name__", type(model_or_fn).__name__),
-        _inputs(subjects[0].given, parameters_of(model_or_fn)),
+        _inputs(subjects[0][1].given, parameters_of(model_or_fn)),
         sum(t.untyped_storage().nbytes() for t in storages_of(module)),
         device,
     )
-    accounts = [account_of(each, about) for each in subjects]
-    account = accounts[0] if failure is None else _of_parts(accounts, failure)
+    account = _of_parts(subjects, about, why) if why else account_of(subjects[0][1], about)
     account = dataclasses.replace(account, allocated=_allocated(module))
     if measure:
         account = dataclasses.replace(account, measured=measured_peak(runs, args, kwargs))
@@ -122,25 +122,35 @@ def _module(model_or_fn: Any) -> nn.Module:
 
 def _of_rewritten(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[list[Subject], CaptureError | None]:
-    """What runs for a call, or ran in the latest; and why that are parts, if it is."""
+) -> tuple[list[tuple[str, Subject]], str]:
+    """What runs for a call, or ran in the latest, and where; and why that are parts, if it is."""
     runner = runner_of(module)
     if args or kwargs:
         _require_training(module)
-        with torch.enable_grad():
-            found, _ = runner.captures.find(module, args, kwargs)
+        found = runner.found(module, args, kwargs)
         if isinstance(found, CaptureError):
             raise found
-        captured, failure = [found] if found is not None else [], None
+        captured, why = [("", found)] if found is not None else [], ""
+        runner = runner_of(module)  # it may have been undecided
     else:
-        captured, failure = runner.captured(), runner.failure
+        captured = runner.captured()
+        why = _why_parts(runner, len(captured))
     if not captured:
-        why = f" It runs eagerly: {failure}" if failure is not None else ""
         raise FxckptError(
             "explain(model): nothing was captured. Call the model once in training mode with "
-            f"gradients enabled, or give the arguments of a call: explain(model, x).{why}"
+            "gradients enabled, or give the arguments of a call: explain(model, x)"
+            + (f". It runs eagerly: {runner.failure}" if runner.failure is not None else "")
         )
-    return [_of_captured(each, runner.options) for each in captured], failure
+    return [(path, _of_captured(each, runner.options)) for path, each in captured], why
+
+
+def _why_parts(runner: Any, count: int) -> str:
+    """Why parts of a model run by themselves; nothing if it runs as a whole."""
+    if runner.failure is not None:
+        return f"the model runs eagerly, but for {count} of its parts: {runner.failure}"
+    if isinstance(runner, Blocks):
+        return f"{count} blocks run as units, what lies outside of them runs eagerly"
+    return ""
 
 
 def _of_captured(captured: Captured, options: Any) -> Subject:
@@ -200,28 +210,38 @@ def _require_training(module: nn.Module) -> None:
         )
 
 
-def _of_parts(accounts: Sequence[Account], failure: CaptureError) -> Account:
-    """Parts of a model that runs eagerly: what they save is there at once, and no peak is known."""
-    first = accounts[0]
-    told = (
-        f"the model runs eagerly, but for {len(accounts)} of its parts, which the figures are "
-        f"about: {failure}"
-    )
+def _of_parts(subjects: Sequence[tuple[str, Subject]], about: Circumstances, why: str) -> Account:
+    """Parts of a model: what they save is there at once, and the peak of all is not known."""
+    known: dict[int, Account] = {}  # blocks that look the same share a graph
+    accounts = []
+    for path, subject in subjects:
+        key = id(subject.joint)
+        if key not in known:
+            known[key] = account_of(subject, about)
+        accounts.append((known[key], _moved(known[key].rows, subject.joint.position.path, path)))
+    first = accounts[0][0]
     return dataclasses.replace(
         first,
         inputs=(),
         budget=None,
         bound=None,
-        saved=sum(a.saved for a in accounts),
-        eager_saved=sum(a.eager_saved for a in accounts),
-        seconds=math.fsum(a.seconds for a in accounts),
-        step_seconds=math.fsum(a.step_seconds for a in accounts),
+        saved=sum(a.saved for a, _ in accounts),
+        eager_saved=sum(a.eager_saved for a, _ in accounts),
+        seconds=math.fsum(a.seconds for a, _ in accounts),
+        step_seconds=math.fsum(a.step_seconds for a, _ in accounts),
         before=(),
         after=(),
         at_peak=(),
-        rows=tuple(row for a in accounts for row in a.rows),
-        warnings=(told,),
+        rows=tuple(row for _, rows in accounts for row in rows),
+        warnings=(f"the figures are about parts: {why}",),
     )
+
+
+def _moved(rows: Sequence[Row], start: str, path: str) -> Sequence[Row]:
+    """The rows of a block as those of another one that looks the same."""
+    if start == path:
+        return rows
+    return [row._replace(path=path + row.path.removeprefix(start)) for row in rows]
 
 
 # --- what else is told ----------------------------------------------------------------------------

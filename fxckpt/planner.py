@@ -20,6 +20,7 @@ from fxckpt.cost import Costs, profiled
 from fxckpt.errors import BudgetError, PolicyError
 from fxckpt.joint import Joint
 from fxckpt.lean import lean
+from fxckpt.levels import samples
 from fxckpt.memory import Memory
 from fxckpt.places import ROOT
 from fxckpt.plans import Holding, Plan, Step, fingerprint
@@ -174,7 +175,7 @@ class WithinBudget:
     """Decides what to save by a budget, as a policy does: from a joint graph to the values.
 
     Parts of a model that cannot be captured as a whole have no budget of their own: of them, as
-    little as possible is saved.
+    little as possible is saved. Under `vmap`, the budget is that of all samples together.
 
     Args:
         budget: See `fxckpt.rewrite`.
@@ -193,8 +194,8 @@ class WithinBudget:
         """The values to save."""
         if joint.position != ROOT:
             return Choice(frozenset())
-        planner = Planner(joint, profile=self._profile, seconds=self._seconds)
-        plan = planner.plan(self._bytes_of(planner.eager_peak))
+        planner, count = Planner(joint, profile=self._profile, seconds=self._seconds), samples()
+        plan = planner.plan(self._bytes_of(count * planner.eager_peak) // count)
         self._plans[plan.graph] = plan
         if len(self._plans) > _PLANS_KEPT:
             self._plans.popitem(last=False)

@@ -18,9 +18,11 @@ Functions that are policies, those of `jax.checkpoint_policies` among them, are 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable
 from typing import Any
 
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx import Node
 
 from fxckpt import ops
@@ -150,6 +152,18 @@ def described(
     return ", ".join(filter(None, given))
 
 
+def may_tell_apart(policy: Any, save: Selector, recompute: Selector) -> bool:
+    """Whether these may decide differently for modules that differ only in their index in a list.
+
+    Functions of the user's may do so, and module paths with something else than `*` for an index.
+    """
+    selectors = [*flat(save, "save"), *flat(recompute, "recompute")]
+    functions = [s for s in (policy, *selectors) if callable(s) and not isinstance(s, type)]
+    ours = (*_STOCK, *(s for s in selectors if isinstance(s, OpOverload | OpOverloadPacket)))
+    paths = [s for s in selectors if isinstance(s, str)]
+    return any(f not in ours for f in functions) or any(re.search(r"[\d\[?]", p) for p in paths)
+
+
 def _of_policy(policy: Any) -> Decide:
     if isinstance(policy, str):
         if policy not in NAMES:
@@ -219,6 +233,13 @@ def _found(
         "module path or class"
     )
 
+
+_STOCK = (
+    everything_saveable,
+    nothing_saveable,
+    dots_saveable,
+    dots_with_no_batch_dims_saveable,
+)
 
 NAMES: dict[str, Decide] = {
     "everything": _of_policy(everything_saveable),

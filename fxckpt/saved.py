@@ -58,8 +58,8 @@ def saved_values(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Save
     Example:
         >>> import torch, fxckpt
         >>> f = fxckpt.checkpoint(lambda x: x.sin().sin())
-        >>> [value.origin for value in fxckpt.saved_values(f, torch.ones(3, requires_grad=True))]
-        ['argument x']
+        >>> print(fxckpt.saved_values(f, torch.ones(3, requires_grad=True))[0].origin)
+        argument x
     """
     captured = _captured(fn, args, kwargs)
     if captured is None:
@@ -103,7 +103,7 @@ def _captured(fn: Any, args: Any, kwargs: Any) -> Captured | None:
             "keeps nothing. Call model.train() first"
         )
     with torch.enable_grad():
-        found, _ = runner_of(module).captures.find(module, args, kwargs)
+        found: Any = runner_of(module).found(module, args, kwargs)
     if isinstance(found, CaptureError):
         raise found
     return found

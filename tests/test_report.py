@@ -225,6 +225,21 @@ def test_a_model_that_runs_in_parts() -> None:
         report.plot("never.png")
 
 
+def test_blocks_that_share_a_capture() -> None:
+    layers = [nn.TransformerEncoderLayer(16, 2, 32, batch_first=True) for _ in range(4)]
+    model = fxckpt.rewrite(nn.Sequential(*layers), "nothing", units="blocks")
+    with pytest.raises(FxckptError, match="nothing was captured"):
+        explained(model)
+    model(torch.ones(2, 4, 16)).sum().backward()
+    report = explained(model)
+    assert {row.path.partition(".")[0] for row in report.rows} == {"0", "1", "2", "3"}
+    assert report.saved == sum(row.bytes for row in report.rows if row.action == "saved")
+    assert len(collapsed(report.rows)) < len(report.rows) / 2
+    assert any("4 blocks run as units" in line for line in report.warnings)
+    with pytest.raises(FxckptError, match="its blocks"):
+        explained(model, torch.ones(2, 4, 16))
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
