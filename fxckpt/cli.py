@@ -19,9 +19,6 @@ Exit codes: 0 it fits, 1 it does not, 2 the question cannot be answered.
 
 from __future__ import annotations
 
-import argparse
-import ast
-import difflib
 import json
 import sys
 import time
@@ -34,14 +31,14 @@ from torch import nn
 from fxckpt.errors import BudgetError, FxckptError
 from fxckpt.explaining import explain, storages_of
 from fxckpt.frontiers import Frontier
+from fxckpt.options import STATES, parser_of
 from fxckpt.planning import fit_batch, frontier, plan
-from fxckpt.quantities import parse_bytes, readable, readable_seconds
+from fxckpt.quantities import readable, readable_seconds
 from fxckpt.rates import DEVICES
 from fxckpt.render import other_kernels
 from fxckpt.targets import DTYPES, Sizes, Target, load
 
 FITS, TOO_LARGE, UNKNOWN = 0, 1, 2
-_STATES = {"none": 0, "sgd": 0, "momentum": 1, "adam": 2, "adamw": 2}  # copies of the parameters
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: Those after the name of the program; None for `sys.argv`.
     """
-    options = _parser().parse_args(arguments)
+    options = parser_of(__doc__ or "", _RUNS).parse_args(arguments)
     progress = _Progress(quiet=options.quiet)
     try:
         run: Callable[[Any, _Progress], int] = options.run
@@ -75,102 +72,6 @@ class _Progress:
             print(f"[{seconds:5.1f} s] {what}", file=sys.stderr, flush=True)
 
 
-# --- arguments ------------------------------------------------------------------------------------
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m fxckpt",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add(commands, "explain", "what a step holds, saves and computes again", _explain)
-    _add(commands, "plan", "what it costs to fit a budget", _plan)
-    _add(commands, "frontier", "the curve of memory and time", _frontier)
-    _add(commands, "fit-batch", "the largest batch that fits", _fit_batch)
-    _add(commands, "compare", "usual strategies beside plans in the same memory", _compare)
-    return parser
-
-
-def _add(commands: Any, name: str, about: str, run: Callable[..., int]) -> None:
-    examples = "\n".join(line for line in (__doc__ or "").splitlines() if f"fxckpt {name} " in line)
-    parser = commands.add_parser(
-        name,
-        help=about,
-        description=about,
-        epilog=f"example:\n  {examples}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=run)
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("target", nargs="?", metavar="module:factory")
-    which.add_argument("--model", help="a type of model of transformers: gpt2, bert, llama, vit")
-    parser.add_argument("--batch", type=_positive, default=1)
-    parser.add_argument("--seq", type=_positive, help="length of texts, 1024 at most by default")
-    parser.add_argument("--image", type=_positive, help="width and height of images")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the parameters")
-    parser.add_argument(
-        "--set",
-        action="append",
-        type=_change,
-        default=[],
-        metavar="KEY=VALUE",
-        help="an entry of the configuration, or an argument of the factory",
-    )
-    parser.add_argument("--device", type=_device, help=f"{', '.join(DEVICES)}; cpu is measured")
-    parser.add_argument("--budget", type=_budget, help="20GiB, 500MB, or 0.5 of the peak as it is")
-    parser.add_argument("--optimizer", choices=_STATES, default="adamw", help="for its states")
-    parser.add_argument("--seconds", type=float, default=10.0, help="for planning, about")
-    parser.add_argument("--json", action="store_true", help="print data instead of text")
-    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
-    if name == "explain":
-        parser.add_argument("--policy", help="instead of a budget, such as block, dots, sqrt")
-        parser.add_argument("--html", metavar="FILE", help="write a page to look at")
-        parser.add_argument("--markdown", action="store_true", help="print Markdown")
-    if name in ("explain", "frontier"):
-        parser.add_argument("--plot", metavar="FILE", help="draw a picture: .png, .svg")
-    if name == "frontier":
-        parser.add_argument("--points", type=_positive, default=8)
-    if name == "plan":
-        parser.add_argument("--save", metavar="FILE", help="write the plan, for rewrite(plan=...)")
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
-    return int(text)
-
-
-def _device(text: str) -> str:
-    if text not in DEVICES and text.partition(":")[0] not in ("cpu", "cuda"):
-        near = difflib.get_close_matches(text, DEVICES, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(DEVICES)}{hint}")
-    return text
-
-
-def _budget(text: str) -> int | float:
-    size = parse_bytes(text)
-    if "." in text and text.replace(".", "", 1).isdigit() and 0 < float(text) <= 1:
-        return float(text)
-    if size is None:
-        raise argparse.ArgumentTypeError(
-            f"expected bytes, such as 20GiB or 500MB, or a fraction such as 0.5; got {text!r}"
-        )
-    return size
-
-
-def _change(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text!r}")
-    try:
-        return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return key, value
-
-
 # --- what all commands need -----------------------------------------------------------------------
 
 
@@ -189,7 +90,7 @@ def _there_before(model: nn.Module, optimizer: str) -> tuple[int, int]:
     """Bytes of parameters and buffers, and of the states of the optimizer."""
     held = sum(t.untyped_storage().nbytes() for t in storages_of(model))
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    return held, _STATES[optimizer] * trained
+    return held, STATES[optimizer] * trained
 
 
 def _room(options: Any, target: Target) -> int | float:
@@ -377,3 +278,12 @@ def _compare(options: Any, progress: _Progress) -> int:
     headers = ["strategy", "peak", "of as it is", "time", "fxckpt in that memory"]
     _show(options, data, tabulate(rows, headers, disable_numparse=True))
     return FITS
+
+
+_RUNS = {
+    "explain": _explain,
+    "plan": _plan,
+    "frontier": _frontier,
+    "fit-batch": _fit_batch,
+    "compare": _compare,
+}

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fxckpt import render
+from fxckpt import markup, render
 from fxckpt.account import BEFORE, COLOURS, LIMIT, Account
 
 _TEMPLATE = Path(__file__).with_name("page.html")
@@ -32,7 +32,7 @@ def page(account: Account) -> str:
     script = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     filled = {
         "TITLE": html.escape(render.title(account)),
-        "FIGURES": render.figures_as_html(account),
+        "FIGURES": markup.figures_as_html(account),
         "DATA": script,
     }
     text = _TEMPLATE.read_text(encoding="utf-8")

@@ -1,14 +1,13 @@
-"""An account as text of at most 100 columns, as Markdown, and as HTML for notebooks."""
+"""An account as text of at most 100 columns."""
 
 from __future__ import annotations
 
-import html
 import textwrap
 from collections.abc import Iterable, Sequence
 
 from tabulate import tabulate
 
-from fxckpt.account import BEFORE, COLOURS, KINDS, LIMIT, Account, Moment, highest
+from fxckpt.account import KINDS, Account, Moment, highest
 from fxckpt.collapse import Entry, collapsed
 from fxckpt.quantities import readable, readable_seconds
 
@@ -27,9 +26,9 @@ _DTYPES = {"float": "f", "bfloat": "bf", "int": "i", "uint": "u", "complex": "c"
 def text(account: Account) -> str:
     """All that matters, as lines of at most `WIDTH` columns."""
     parts = [
-        *_wrapped([title(account), *_circumstances(account)]),
+        *_wrapped([title(account), *circumstances(account)]),
         "",
-        _table(_figures(account), ["", *_steps(account)]),
+        _table(figures(account), ["", *steps(account)]),
         *(["", *_curves(account)] if account.after else []),
         *(["", *_peak(account)] if account.after else []),
         *_values(account),
@@ -44,7 +43,7 @@ def title(account: Account) -> str:
     return f"{account.title}, {account.how}" + (f": {inputs}" if inputs else "")
 
 
-def _circumstances(account: Account) -> list[str]:
+def circumstances(account: Account) -> list[str]:
     """What the figures are about."""
     lines = [
         f"Times by the rates of {account.device}. Parameters and buffers of "
@@ -76,11 +75,12 @@ def _wrapped(lines: Iterable[str], indent: str = "") -> list[str]:
     ]
 
 
-def _steps(account: Account) -> list[str]:
+def steps(account: Account) -> list[str]:
+    """The titles of the columns of `figures`, after the first."""
     return ["as it is", "fxckpt", ""] if account.rewritten else ["as it is"]
 
 
-def _figures(account: Account) -> list[list[str]]:
+def figures(account: Account) -> list[list[str]]:
     """The header: what is told, of the step as it is, of the one that is explained, and how."""
     if not account.rewritten:
         rows = [
@@ -133,7 +133,7 @@ def _solved(account: Account) -> str:
 
 def _curves(account: Account) -> list[str]:
     """The bytes over the step, before and after, as bars."""
-    end = max(_end(account.before), _end(account.after))
+    end = max(end_of(account.before), end_of(account.after))
     top = max(account.eager_peak or 0, account.peak or 0)
     shown = [("as it is", account.before), ("fxckpt", account.after)]
     lines = [f"Memory over the step, up to {readable(top)}:"]
@@ -149,7 +149,7 @@ def _phases(moments: Sequence[Moment], end: float) -> str:
     """Where forward and backward are, below a curve."""
     start = next((m.seconds for m in moments if m.phase != "forward"), end)
     forward = round(_CHART * start / end) if end else 0
-    backward = round(_CHART * _end(moments) / end) - forward if end else 0
+    backward = round(_CHART * end_of(moments) / end) - forward if end else 0
     return _span("forward", forward) + _span("backward", backward)
 
 
@@ -159,7 +159,8 @@ def _span(name: str, width: int) -> str:
     return f"├{f' {name} ':─^{width - 2}}┤"
 
 
-def _end(moments: Sequence[Moment]) -> float:
+def end_of(moments: Sequence[Moment]) -> float:
+    """When the last of the moments starts."""
     return moments[-1].seconds if moments else 0.0
 
 
@@ -182,13 +183,13 @@ def _peak(account: Account) -> list[str]:
     """What memory is at the peak, and what sets it."""
     splits = [account.split(eager=True), *([account.split()] if account.rewritten else [])]
     rows = [
-        [f"  {kind}", *(_share(s[kind], sum(s.values())) for s in splits)]
+        [f"  {kind}", *(share(s[kind], sum(s.values())) for s in splits)]
         for kind in KINDS
         if any(s[kind] for s in splits)
     ]
-    names = _steps(account)
-    peaks = zip(names, map(highest, _both(account)), strict=False)
-    where = [f"  {name}: {_place_of(moment)}" for name, moment in peaks]
+    names = steps(account)
+    peaks = zip(names, map(highest, both(account)), strict=False)
+    where = [f"  {name}: {place_of(moment)}" for name, moment in peaks]
     largest = [
         [f"  {readable(h.bytes)}", h.kind, h.name, h.path or "(root)"] for h in account.at_peak[:5]
     ]
@@ -202,11 +203,13 @@ def _peak(account: Account) -> list[str]:
     ]
 
 
-def _share(size: int, whole: int) -> str:
+def share(size: int, whole: int) -> str:
+    """Bytes, and what share that is."""
     return f"{readable(size)} ({size / whole:.0%})" if whole and size else "-"
 
 
-def _place_of(moment: Moment | None) -> str:
+def place_of(moment: Moment | None) -> str:
+    """Where a moment is: operation, phase, module and line."""
     if moment is None:
         return "nothing runs"
     phase = {"recompute": "recomputation"}.get(moment.phase, moment.phase)
@@ -242,14 +245,15 @@ def _cells(entry: Entry) -> list[str]:
         f"  {readable(entry.bytes)}",
         _tensor(row.dtype, row.shape),
         row.op.removeprefix("aten."),
-        _path(entry),
+        path_of(entry),
         row.source,
         readable_seconds(entry.seconds),
         row.reason.removeprefix("for "),
     ]
 
 
-def _path(entry: Entry) -> str:
+def path_of(entry: Entry) -> str:
+    """The path of rows that layers have in common, and how many there are."""
     return (entry.path or "(root)") + (f", x{entry.layers}" if entry.layers > 1 else "")
 
 
@@ -293,165 +297,6 @@ def shorten(line: str, width: int, column: str = "") -> str:
     return line[: width - 1] + "…"
 
 
-# --- Markdown -------------------------------------------------------------------------------------
-
-
-def markdown(account: Account) -> str:
-    """The same with all rows of what backward reads, identical layers as one."""
-    splits = [account.split(eager=True), *([account.split()] if account.rewritten else [])]
-    names = _steps(account)
-    parts = [
-        f"## {_escaped(title(account))}",
-        *_circumstances(account),
-        _github(_figures(account), ["", *names]),
-    ]
-    if account.after:
-        rows = [[kind, *(_share(s[kind], sum(s.values())) for s in splits)] for kind in KINDS]
-        where = [
-            f"- {n}: {_place_of(highest(m))}" for n, m in zip(names, _both(account), strict=False)
-        ]
-        parts += [
-            "### At the peak",
-            _github(rows, ["", *names[: len(splits)]]),
-            _escaped("\n".join(where)),
-        ]
-    parts += ["### Values", _github(map(_all_cells, collapsed(account.shown_rows)), COLUMNS)]
-    if account.warnings:
-        parts += ["### Warnings", "\n".join(f"- {_escaped(line)}" for line in account.warnings)]
-    return "\n\n".join(parts) + "\n"
-
-
-COLUMNS = ("action", "bytes", "shape", "dtype", "module", "op", "line", "time", "reason", "value")
-
-
-def _all_cells(entry: Entry) -> list[str]:
-    row = entry.row
-    return [
-        row.action,
-        readable(entry.bytes),
-        "x".join(map(str, row.shape)) or "scalar",
-        row.dtype,
-        _path(entry),
-        row.op,
-        row.source,
-        readable_seconds(entry.seconds),
-        row.reason,
-        row.name,
-    ]
-
-
-def _both(account: Account) -> list[tuple[Moment, ...]]:
+def both(account: Account) -> list[tuple[Moment, ...]]:
+    """The step as it is, and the one that is explained if that is another."""
     return [account.before, *([account.after] if account.rewritten else [])]
-
-
-def _github(rows: Iterable[Sequence[str]], headers: Sequence[str]) -> str:
-    cells = [[_escaped(cell) for cell in row] for row in rows]
-    return tabulate(cells, headers, "github", disable_numparse=True)
-
-
-def _escaped(line: str) -> str:
-    for mark in ("\\", "|", "_", "*", "<"):
-        line = line.replace(mark, f"\\{mark}")
-    return line
-
-
-# --- notebooks ------------------------------------------------------------------------------------
-
-
-def notebook(account: Account) -> str:
-    """The figures, the picture, and the rows to unfold, as HTML without scripts."""
-    rows = [_all_cells(entry) for entry in collapsed(account.shown_rows)]
-    return "".join(
-        [
-            f"<h4>{html.escape(title(account))}</h4>",
-            figures_as_html(account),
-            picture(account) if account.after else "",
-            f"<details><summary>{len(account.shown_rows)} values</summary>",
-            _html_table(rows, COLUMNS),
-            "</details>",
-        ]
-    )
-
-
-def figures_as_html(account: Account) -> str:
-    """The header, and what it is about."""
-    warned = "".join(f"<li>{html.escape(line)}</li>" for line in account.warnings)
-    return "".join(
-        [
-            *(f"<p>{html.escape(line)}</p>" for line in _circumstances(account)),
-            _html_table(_figures(account), ["", *_steps(account)]),
-            f"<ul>{warned}</ul>" if warned else "",
-        ]
-    )
-
-
-def _html_table(rows: Iterable[Sequence[str]], headers: Sequence[str]) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in headers)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-_SVG_WIDTH, _SVG_HEIGHT, _LEGEND, _LABELS = 720, 240, 24, 80
-
-
-def picture(account: Account) -> str:
-    """The bytes over the step as a small SVG: areas by kind, and the step as it is as a line."""
-    end = max(_end(account.before), _end(account.after)) or 1.0
-    limit = account.budget if account.budget is not None else 0
-    top = max(account.eager_peak or 0, account.peak or 0, limit) * 1.05 or 1.0
-
-    def points(curve: Iterable[tuple[float, float]]) -> str:
-        return " ".join(
-            f"{_SVG_WIDTH * x / end:.1f},{_LEGEND + _SVG_HEIGHT * (1 - y / top):.1f}"
-            for x, y in curve
-        )
-
-    times = [m.seconds for m in account.after]
-    below, parts = [0] * len(times), []
-    for i, kind in enumerate(KINDS):
-        above = [b + m.kinds[i] for b, m in zip(below, account.after, strict=True)]
-        outline = [*zip(times, above, strict=True), *zip(times[::-1], below[::-1], strict=True)]
-        parts.append(f'<polygon points="{points(outline)}" fill="{COLOURS[kind]}"/>')
-        below = above
-    line = points((m.seconds, m.live) for m in account.before)
-    known = {LIMIT: account.budget, "#555": account.eager_peak, "#222": account.peak}
-    parts += [
-        f'<text x="{_SVG_WIDTH + 4}" y="{points([(0, size)]).split(",")[1]}" fill="{colour}">'
-        f"{readable(size)}</text>"
-        for colour, size in _apart(known, top * 12 / _SVG_HEIGHT)
-    ]
-    parts.append(f'<polyline points="{line}" fill="none" stroke="{BEFORE}"/>')
-    if account.budget is not None:
-        level = points([(0, account.budget), (end, account.budget)])
-        parts.append(
-            f'<polyline points="{level}" stroke="{LIMIT}" stroke-dasharray="6 4" fill="none"/>'
-        )
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{_SVG_WIDTH + _LABELS}" '
-        f'height="{_SVG_HEIGHT + _LEGEND}" font-family="sans-serif" font-size="12">'
-        f"{_legend()}{''.join(parts)}</svg>"
-    )
-
-
-def _apart(sizes: dict[str, int | None], distance: float) -> list[tuple[str, int]]:
-    """The sizes that are known, without those that would be written over one before them."""
-    found: list[tuple[str, int]] = []
-    for colour, size in sizes.items():
-        if size is not None and all(abs(size - other) >= distance for _, other in found):
-            found.append((colour, size))
-    return found
-
-
-def _legend() -> str:
-    parts = []
-    for i, kind in enumerate(KINDS):
-        x = 105 * i
-        parts.append(f'<rect x="{x}" y="4" width="12" height="12" fill="{COLOURS[kind]}"/>')
-        parts.append(f'<text x="{x + 16}" y="14">{kind}</text>')
-    x = 105 * len(KINDS)
-    parts.append(
-        f'<path d="M{x} 10h14" stroke="{BEFORE}"/><text x="{x + 18}" y="14">as it is</text>'
-    )
-    return "".join(parts)

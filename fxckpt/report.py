@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 
-from fxckpt import page, plotting, render
+from fxckpt import markup, page, plotting, render
 from fxckpt.account import Account
 
 
@@ -29,7 +29,7 @@ class Report(Account):
 
     def _repr_html_(self) -> str:
         """The report for notebooks."""
-        return render.notebook(self)
+        return markup.notebook(self)
 
     def to_json(self, indent: int | None = None) -> str:
         """What `to_dict` returns, as JSON."""
@@ -37,7 +37,7 @@ class Report(Account):
 
     def to_markdown(self) -> str:
         """The report as Markdown, with all rows of what backward reads."""
-        return render.markdown(self)
+        return markup.markdown(self)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draws the memory over the step to a file: ".png", ".svg" or what matplotlib writes.
