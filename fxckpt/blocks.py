@@ -51,6 +51,7 @@ class Blocks:
     """
 
     passing = False  # on the module until it is restored
+    failure = None  # that of the whole: there is none
 
     def __init__(self, module: nn.Module, options: Options, units: Units) -> None:
         self.options, self._units = options, units
@@ -93,6 +94,11 @@ class Blocks:
         if not any(unit.latest for unit in units):
             raise next(unit.failure for unit in units if unit.failure is not None)
 
+    def captured(self) -> list[tuple[str, Captured]]:
+        """What ran in the latest step, and where, see `Unit.captured`."""
+        runners = [(path, unit.latest) for path, unit in self.parts.runners()]
+        return [(path, latest) for path, latest in runners if latest is not None]
+
     def for_module(self, module: nn.Module) -> Blocks:
         """This runner, or a new one with the same options if `module` is a copy of its owner."""
         return self if self._owner() is module else self.for_copy(module)
@@ -131,7 +137,7 @@ class Undecided:
     """
 
     passing = False  # on the module until it is restored
-    latest = None
+    latest = failure = None
     called = False  # in training; then it is decided
 
     def __init__(self, options: Options, whole: bool) -> None:
@@ -161,6 +167,10 @@ class Undecided:
     def require(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """See `Unit.require`."""
         self._decided(module).require(module, args, kwargs)
+
+    def captured(self) -> list[tuple[str, Captured]]:
+        """Nothing yet."""
+        return []
 
     def for_module(self, _: nn.Module) -> Undecided:
         """This runner: nothing in it belongs to one module."""

@@ -155,7 +155,8 @@ def rewrite_(
     if is_rewritten(model):
         restore_(model)
     by_index = nests and policies.may_tell_apart(policy, save, recompute)
-    options = Options(decide, cache_size, strict, nests, by_index, decompose)
+    told = policies.described(policy, save=save, recompute=recompute) if nests else "planned"
+    options = Options(decide, cache_size, strict, nests, by_index, decompose, told)
     install(model, _runner(model, options, units, whole=not nests or policy == "sqrt"))
     if example_inputs is not None:
         try:

@@ -50,7 +50,7 @@ class Unit:
         self.options = options
         self.captures = Captures(module, options, position, kin)
         self.latest: Captured | None = None
-        self.failure: CaptureError | None = None  # for which a call ran eagerly
+        self.failure: CaptureError | None = None  # for which the latest call ran eagerly
         self._owner = weakref.ref(module)
         self.parts: Parts | None = None  # if it cannot be captured as a whole
         self._generation = 0  # of the structure that the parts belong to
@@ -68,6 +68,7 @@ class Unit:
         if levels.is_active():
             return self._run_transformed(module, args, kwargs)
         found, call = self.captures.find(module, args, kwargs)
+        self.failure = found if isinstance(found, CaptureError) else None
         if isinstance(found, CaptureError):
             return self._run_eagerly(module, args, kwargs, found)
         if found is None:
@@ -141,6 +142,13 @@ class Unit:
         if first:
             _warn(f"{type(module).__name__} {_how_it_runs(self._saving_parts())}", failure)
         return result
+
+    def captured(self) -> list[tuple[str, Captured]]:
+        """What ran in the latest call, and where: the module as a whole, or its parts."""
+        if self.failure is None:
+            return [] if self.latest is None else [("", self.latest)]
+        runners = self.parts.runners() if self.parts is not None else []
+        return [(path, part.latest) for path, part in runners if part.latest is not None]
 
     def _saving_parts(self) -> list[str]:
         runners = self.parts.runners() if self.parts is not None else []
