@@ -33,7 +33,7 @@ from fxckpt.parts import CastOnce, Parts, has_forward, is_composed
 from fxckpt.places import Position, stack_level_of_user
 from fxckpt.runtime import Captured
 from fxckpt.selectors import is_below, listed
-from fxckpt.unit import Unit
+from fxckpt.unit import Unit, run_within
 
 Units = str | Iterable[str] | None
 
@@ -51,6 +51,7 @@ class Blocks:
     """
 
     passing = False  # on the module until it is restored
+    failure = None  # that of the whole: there is none
 
     def __init__(self, module: nn.Module, options: Options, units: Units) -> None:
         self.options, self._units = options, units
@@ -67,6 +68,11 @@ class Blocks:
             self.parts = self._found(module)
         with self.parts.in_place():
             return original_forward(module)(*args, **kwargs)
+
+    @property
+    def called(self) -> bool:
+        """Whether the module was ever called in training."""
+        return self.parts.runs > 0
 
     def prepare(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Refuses to capture without a step: what blocks are called with is known in one only."""
@@ -87,6 +93,11 @@ class Blocks:
         units = [unit for _, unit in self.parts.runners()]
         if not any(unit.latest for unit in units):
             raise next(unit.failure for unit in units if unit.failure is not None)
+
+    def captured(self) -> list[tuple[str, Captured]]:
+        """What ran in the latest step, and where, see `Unit.captured`."""
+        runners = [(path, unit.latest) for path, unit in self.parts.runners()]
+        return [(path, latest) for path, latest in runners if latest is not None]
 
     def for_module(self, module: nn.Module) -> Blocks:
         """This runner, or a new one with the same options if `module` is a copy of its owner."""
@@ -126,7 +137,8 @@ class Undecided:
     """
 
     passing = False  # on the module until it is restored
-    latest = None
+    latest = failure = None
+    called = False  # in training; then it is decided
 
     def __init__(self, options: Options, whole: bool) -> None:
         self.options, self._whole = options, whole
@@ -136,7 +148,7 @@ class Undecided:
         if not (module.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
             return original_forward(module)(*args, **kwargs)
         if is_capturing():  # something around it; that does not change it
-            return Unit(module, self.options)(module, args, kwargs)
+            return run_within(self.options, module, args, kwargs)
         return self._decided(module)(module, args, kwargs)
 
     def prepare(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -155,6 +167,10 @@ class Undecided:
     def require(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """See `Unit.require`."""
         self._decided(module).require(module, args, kwargs)
+
+    def captured(self) -> list[tuple[str, Captured]]:
+        """Nothing yet."""
+        return []
 
     def for_module(self, _: nn.Module) -> Undecided:
         """This runner: nothing in it belongs to one module."""

@@ -38,6 +38,7 @@ class Options:
 
     `nests` says whether it also decides inside of something else that is captured, `by_index`
     whether it may decide differently for modules that differ in nothing but their index in a list.
+    `told` is what reports say of all this.
     """
 
     decide: Decide
@@ -46,7 +47,11 @@ class Options:
     nests: bool = True
     by_index: bool = True
     decompose: bool = False
+<<<<<<< HEAD
     compile: bool = False
+=======
+    told: str = ""
+>>>>>>> 5251d0e6d199a4c9cc42c19ad7039fb6cc86fe1f
 
 
 Key = tuple[int | None, Hashable]  # state of the module; modes and arguments

@@ -64,6 +64,7 @@ __all__ = [
     "Decide",
     "Decision",
     "Policy",
+    "described",
     "dots_saveable",
     "dots_with_no_batch_dims_saveable",
     "everything_saveable",
@@ -132,6 +133,23 @@ def resolve(
         return chosen | kept.all_nodes()
 
     return decide
+
+
+def described(
+    policy: Policy | str | None = None, *, save: Selector = (), recompute: Selector = ()
+) -> str:
+    """What `resolve` was called with, as one would write it.
+
+    Example:
+        >>> described("dots", recompute="lm_head")
+        "policy='dots', recompute='lm_head'"
+    """
+    name = getattr(policy, "__name__", None) if callable(policy) else None
+    given = [
+        f"policy={name or repr(policy)}" if policy is not None else "",
+        *(f"{key}={one!r}" for key, one in (("save", save), ("recompute", recompute)) if one != ()),
+    ]
+    return ", ".join(filter(None, given))
 
 
 def may_tell_apart(policy: Any, save: Selector, recompute: Selector) -> bool:

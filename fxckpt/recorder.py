@@ -213,7 +213,7 @@ class Recorder(TorchDispatchMode):
     def _dispatch(self, func: Any, args: Any, kwargs: Any) -> Any:
         if not isinstance(func, OpOverload):
             raise CaptureError(f"the higher-order operation {func} cannot be recorded")
-        if func.namespace == "profiler":  # marks a range of time
+        if func.namespace == "profiler":  # names what runs, for who measures
             return func(*args, **kwargs)
         if ops.is_collective(func):
             raise CaptureError(

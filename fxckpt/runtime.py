@@ -65,6 +65,7 @@ class Program:
     """
 
     joint: Joint
+    choice: Choice
     split: Split
     saved_positions: list[int]
     extra_positions: list[int]  # primals that are passed to autograd once more
@@ -205,6 +206,11 @@ class Captured:
             if self._expected not in self._programs:
                 self._programs[self._expected] = self._compile(self._expected)
             return self._programs[self._expected]
+
+    @property
+    def given(self) -> Joint:
+        """The graph that is decided on; that of a plan is made of it."""
+        return self.tape.joint(self._expected)
 
     def lookup(self, name: str, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
         """The tensor that a primal is at this call."""
@@ -480,6 +486,7 @@ class Captured:
         positions = {name: i for i, name in enumerate(halves.primals)}
         return Program(
             joint,
+            choice,
             halves,
             [positions[name] for name in halves.saved_primals],
             [positions[name] for name in halves.extra],

@@ -50,7 +50,7 @@ class Unit:
         self.options = options
         self.captures = Captures(module, options, position, kin)
         self.latest: Captured | None = None
-        self.failure: CaptureError | None = None  # for which a call ran eagerly
+        self.failure: CaptureError | None = None  # for which the latest call ran eagerly
         self._owner = weakref.ref(module)
         self.parts: Parts | None = None  # if it cannot be captured as a whole
         self._generation = 0  # of the structure that the parts belong to
@@ -62,12 +62,13 @@ class Unit:
         if not (module.training and torch.is_grad_enabled()):
             return original_forward(module)(*args, **kwargs)
         if is_capturing():
-            return self._run_within(module, args, kwargs)
+            return run_within(self.options, module, args, kwargs)
         if _is_traced(module):
             return original_forward(module)(*args, **kwargs)
         if levels.is_active():
             return self._run_transformed(module, args, kwargs)
         found, call = self.captures.find(module, args, kwargs)
+        self.failure = found if isinstance(found, CaptureError) else None
         if isinstance(found, CaptureError):
             return self._run_eagerly(module, args, kwargs, found)
         if found is None:
@@ -95,6 +96,11 @@ class Unit:
         with torch.enable_grad():
             return self.captures.find(module, args, kwargs)[0]
 
+    @property
+    def called(self) -> bool:
+        """Whether the module was ever called in training."""
+        return self.captures.tried
+
     def require(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raises the `CaptureError` for which a call runs eagerly, no part of it captured."""
         found = self.found(module, args, kwargs)
@@ -111,14 +117,6 @@ class Unit:
 
     def __deepcopy__(self, _: Any) -> Unit:
         return self  # until `for_module` sees that its module is a copy
-
-    def _run_within(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Runs the forward while something around it is captured."""
-        recorder = current_recorder()
-        if recorder is None or not self.options.nests:
-            return original_forward(module)(*args, **kwargs)
-        checkpoint = Nested(self.options.decide)
-        return recorder.run_within(checkpoint, lambda: original_forward(module)(*args, **kwargs))
 
     def _run_transformed(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Runs the forward under transforms of `torch.func`."""
@@ -145,6 +143,13 @@ class Unit:
             _warn(f"{type(module).__name__} {_how_it_runs(self._saving_parts())}", failure)
         return result
 
+    def captured(self) -> list[tuple[str, Captured]]:
+        """What ran in the latest call, and where: the module as a whole, or its parts."""
+        if self.failure is None:
+            return [] if self.latest is None else [("", self.latest)]
+        runners = self.parts.runners() if self.parts is not None else []
+        return [(path, part.latest) for path, part in runners if part.latest is not None]
+
     def _saving_parts(self) -> list[str]:
         runners = self.parts.runners() if self.parts is not None else []
         return [path for path, part in runners if part.latest is not None]
@@ -164,6 +169,15 @@ class Unit:
         known = cause in self._told
         self._told.add(cause)
         return not known
+
+
+def run_within(options: Options, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """Runs the forward of a rewritten module while something around it is captured."""
+    recorder = current_recorder()
+    if recorder is None or not options.nests:
+        return original_forward(module)(*args, **kwargs)
+    checkpoint = Nested(options.decide)
+    return recorder.run_within(checkpoint, lambda: original_forward(module)(*args, **kwargs))
 
 
 class Part:

@@ -70,7 +70,7 @@ class Rewriting:
 
     def require_call(self, advice: str) -> None:
         """Warns, once, if a training step did not call the forward of the model."""
-        if self._model is None or self._told or runner_of(self._model).captures.tried:
+        if self._model is None or self._told or runner_of(self._model).called:
             return
         self._told = True
         warnings.warn(
