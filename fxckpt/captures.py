@@ -47,11 +47,8 @@ class Options:
     nests: bool = True
     by_index: bool = True
     decompose: bool = False
-<<<<<<< HEAD
     compile: bool = False
-=======
     told: str = ""
->>>>>>> 5251d0e6d199a4c9cc42c19ad7039fb6cc86fe1f
 
 
 Key = tuple[int | None, Hashable]  # state of the module; modes and arguments

@@ -162,12 +162,8 @@ def rewrite_(
     if is_rewritten(model):
         restore_(model)
     by_index = nests and policies.may_tell_apart(policy, save, recompute)
-<<<<<<< HEAD
-    options = Options(decide, cache_size, strict, nests, by_index, decompose, compile)
-=======
     told = policies.described(policy, save=save, recompute=recompute) if nests else "planned"
-    options = Options(decide, cache_size, strict, nests, by_index, decompose, told)
->>>>>>> 5251d0e6d199a4c9cc42c19ad7039fb6cc86fe1f
+    options = Options(decide, cache_size, strict, nests, by_index, decompose, compile, told)
     install(model, _runner(model, options, units, whole=not nests or policy == "sqrt"))
     if example_inputs is not None:
         try:
