@@ -85,6 +85,15 @@ def test_none_and_keywords(run) -> None:
     assert "Unexpected keyword arguments" in refusal
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # Dynamo looks at it
+def test_data_dependent(run) -> None:
+    torch._dynamo.reset()
+    graphs, equal = run("data_dependent")
+    torch._dynamo.reset()
+    assert graphs >= 2
+    assert equal
+
+
 def test_autograd_grad(run) -> None:
     inputs, weights, refusal = run("autograd_grad")
     assert inputs
