@@ -127,6 +127,16 @@ def test_the_library_from_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["70%"][0] <= 0.7
 
 
+def test_drawings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    drawings = importlib.import_module("drawings")
+    drawings.draw_joint(tmp_path / "joint.svg")
+    drawings.draw_step(tmp_path / "step.svg")
+    for name in ("joint.svg", "step.svg"):
+        assert "<svg" in (tmp_path / name).read_text()
+        assert "<svg" in (ROOT / "docs" / "images" / name).read_text()
+
+
 def test_every_page_is_in_the_navigation_and_its_code_is_tested() -> None:
     """Blocks of Python are doctests, or include a file that is run by a test."""
     listed = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
