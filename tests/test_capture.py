@@ -888,7 +888,7 @@ def test_llama_of_seven_billion_parameters() -> None:
         model = LlamaForCausalLM(LlamaConfig(use_cache=False)).train()
         ids = torch.zeros(1, 2048, dtype=torch.long)
         assert sum(p.numel() for p in model.parameters()) > 6.7e9
-        new = fxckpt.rewrite(model, "dots", strict=True)
+        new = fxckpt.rewrite(model, "dots", strict=True, units="model")
         loss = new(input_ids=ids, labels=ids).loss
         loss.backward()
     assert isinstance(loss, FakeTensor)

@@ -308,7 +308,7 @@ def test_learns_what_a_fake_kernel_gets_wrong(
     model = assert_same_training(Delicate, rows, policy=policy, steps=4)
     assert {func for func, *_ in learned} == {*wrong}
     (captured,) = captures(model)
-    assert captured.misfit is None
+    assert captured.standing.misfit is None
     assert not captured.program.untried
 
 
@@ -375,7 +375,7 @@ def test_an_error_of_the_model_is_raised_as_it_is() -> None:
     with pytest.raises(IndexError):
         model(torch.tensor([1, 7]))
     assert model(batch(0)).shape == (2, 2)
-    assert captures(model)[0].misfit is None
+    assert captures(model)[0].standing.misfit is None
 
 
 def test_nothing_is_learned_from_fake_tensors(
@@ -392,10 +392,10 @@ def test_nothing_is_learned_from_fake_tensors(
 def test_a_first_run_keeps_no_value_longer(policy: str) -> None:
     model, x = Delicate(), rows()
     model = fxckpt.rewrite(model, policy, strict=True, example_inputs=(x,))
-    graph, program = fxckpt.graphs(model)[0], captures(model)[0].program
+    graph, captured = fxckpt.graphs(model)[0], captures(model)[0]
     traces = []
     for run in (graph.forward, lambda values: first_run.run(graph, values)):
-        primals = [x if held is None else held[key] for held, key in program.slots]
+        primals = [captured.lookup(name, [x]) for name in captured.program.split.primals]
         torch.manual_seed(0)
         with torch.no_grad(), LiveBytes() as memory:
             results = run([p.detach().clone() for p in primals])
