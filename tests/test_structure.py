@@ -62,6 +62,7 @@ LAYERS = (
     "replay",
     "memory",
     "solve",
+    "exact",
     "search",
     "plans",
     "planner",
