@@ -48,7 +48,7 @@ _SHARES = (1.0, 0.85, 0.7)  # of the budget, that are aimed for from below
 # Times the bound: when to stop, to exchange, and to look from below.
 _BEST, _GOOD, _POOR = 1.01, 1.04, 1.3
 _PARTS = (0.15, 0.3, 0.15)  # of the replays, for the ways to look
-_EXACT, _FEW = 4, 150  # exact solutions, and for how many values at most
+_FEW = 150  # values, for which exact solutions are found soon
 _AT_ONCE = 6  # values to try to give up
 _HALVINGS, _STARTS, _DESCENT = 8, 4, 0.95  # how to find what needs least
 
@@ -70,10 +70,14 @@ class Search:
         memory: Of the graph.
         seconds: What each forward operation takes.
         replays: How many a call may make, about.
+        exact: How many exact solutions it may look at (see `exact`), of small graphs.
     """
 
-    def __init__(self, memory: Memory, seconds: dict[Node, float], replays: int) -> None:
+    def __init__(
+        self, memory: Memory, seconds: dict[Node, float], replays: int, exact: int
+    ) -> None:
         self.memory, self._seconds, self._replays = memory, seconds, replays
+        self._solutions = exact if len(memory.values) <= _FEW else 0
         self._problem = problem_of(memory, seconds)
         self._index = {node: i for i, node in enumerate(memory.values)}
         self._bounds = Exact(self._problem)
@@ -140,7 +144,7 @@ class Search:
     def _look_exactly(self, budget: float) -> None:
         """Solutions that know what waits: for graphs that are small enough to find them soon."""
         aim = budget
-        for _ in range(_EXACT if len(self._index) <= _FEW else 0):
+        for _ in range(self._solutions):
             solution = self._exact.solve(aim, whole=True)
             if solution is None:
                 return
