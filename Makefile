@@ -13,7 +13,7 @@ PINS := requirements/dev.txt
 # TORCH is part of the stamp's name, so that asking for another one installs it.
 STAMP := $(VENV)/.installed-$(shell printf '%s' '$(TORCH)' | cksum | cut -d ' ' -f 1)
 
-.PHONY: help setup test test-fast lint types format compare clean
+.PHONY: help setup test test-fast lint types docs format compare clean
 
 help:  ## show this list (the default)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +53,10 @@ lint: setup  ## check style and formatting
 types: setup  ## check the types of fxckpt/
 	@echo "types: mypy"
 	@$(BIN)/python -m mypy
+
+docs: setup  ## build the documentation into build/site
+	@echo "docs: mkdocs build --strict"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs --quiet build --strict
 
 format: setup  ## format, and fix what can be fixed
 	@$(BIN)/python -m ruff check --fix .

@@ -8,6 +8,7 @@ python bench/compare.py --preset launch-bound           the figures that the pro
 import argparse
 import json
 import multiprocessing
+import shlex
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -94,6 +95,8 @@ def _parser() -> argparse.ArgumentParser:
         help="activation_memory_budget of Inductor's rows",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all raw numbers")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="write the table in Markdown")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the table: .png, .svg")
     return parser
 
 
@@ -109,6 +112,9 @@ class Job:
         repeats: timed rounds.
         goals: figures to reach.
         json: file for the raw numbers.
+        write: file for the table in Markdown.
+        plot: file for the picture.
+        command: what was called.
     """
 
     setup: Setup
@@ -118,6 +124,9 @@ class Job:
     repeats: int
     goals: tuple[Goal, ...]
     json: Path | None
+    write: Path | None
+    plot: Path | None
+    command: str
 
 
 def parse(arguments: Sequence[str] | None) -> Job:
@@ -151,7 +160,20 @@ def parse(arguments: Sequence[str] | None) -> Job:
         repeats=options.repeats,
         goals=PRESETS[preset].goals if preset else (),
         json=options.json,
+        write=options.write,
+        plot=options.plot,
+        command=_command(arguments),
     )
+
+
+def _command(arguments: Sequence[str] | None) -> str:
+    """What was called, without the names of files to write."""
+    given = [*(sys.argv[1:] if arguments is None else arguments)]
+    for option in ("--write", "--plot", "--json"):
+        if option in given:
+            place = given.index(option)
+            del given[place : place + 2]
+    return shlex.join(["python", "bench/compare.py", *given])
 
 
 def measure_memory(job: Job, progress: Progress) -> dict[str, Memory | Failure]:
@@ -201,6 +223,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(report.footer(job.setup, job.repeats))
     if job.goals:
         print("Figures to reach:", *(goal.line(results) for goal in job.goals), sep="\n")
+    if job.write:
+        page = report.page(job.setup, job.repeats, results, job.command)
+        job.write.write_text(page, encoding="utf-8")
+    if job.plot:
+        report.plot(job.setup, results, job.plot)
     if job.json:
         job.json.write_text(json.dumps(report.raw(job.setup, job.repeats, results), indent=1))
 

@@ -2,11 +2,13 @@
 
 import os
 import platform
+import re
 import statistics
 import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,9 @@ from bench.models import default_sizes
 from bench.rows import EAGER
 from bench.step import STEP, Setup
 from bench.timing import Failure, Timing, quartiles
+
+# By the first part of a row's name; Okabe and Ito.
+_COLOURS = {"fxckpt": "#0072B2", "torch": "#E69F00", "transformers": "#009E73"}
 
 HEADERS = (
     "row",
@@ -72,7 +77,7 @@ class Result:
         return statistics.median(self.timed().ratios(reference.timed()))
 
 
-def table(results: Mapping[str, Result]) -> str:
+def table(results: Mapping[str, Result], *, markdown: bool = False) -> str:
     """The table, and under it in full why rows failed."""
     eager = results[EAGER]
     lines = [[name, *_cells(result, eager)] for name, result in results.items()]
@@ -82,8 +87,44 @@ def table(results: Mapping[str, Result]) -> str:
         if result.failure
     ]
     align = ("left", *("right" for _ in HEADERS[1:-1]), "left")
-    shown = tabulate(lines, HEADERS, colalign=align, disable_numparse=True)
-    return "\n".join([shown, *failures])
+    headers = [header.replace("\n", " ") for header in HEADERS] if markdown else HEADERS
+    style = "github" if markdown else "simple"
+    shown = tabulate(lines, headers, style, colalign=align, disable_numparse=True)
+    return "\n\n".join([shown, *failures]) if markdown else "\n".join([shown, *failures])
+
+
+def page(setup: Setup, repeats: int, results: Mapping[str, Result], command: str) -> str:
+    """The comparison in Markdown."""
+    head = heading(setup, repeats).replace("\n", "\n\n")
+    parts = [f"# {head}", f"By `{command}`.", table(results, markdown=True)]
+    return "\n\n".join([*parts, footer(setup, repeats)]) + "\n"
+
+
+def plot(setup: Setup, results: Mapping[str, Result], path: Path) -> None:
+    """Draws memory and time of each row that could be measured, beside eager."""
+    from matplotlib.figure import Figure
+
+    eager = results[EAGER]
+    rows = [(name, r) for name, r in reversed(results.items()) if r.failure is None]
+    figure = Figure(figsize=(9, 1.4 + 0.32 * len(rows)), layout="constrained")
+    memory, time = figure.subplots(1, 2, sharey=True)
+    names = [name for name, _ in rows]
+    colours = [_COLOURS.get(re.split(r"[.@]", name)[0], "#999999") for name in names]
+    memory.barh(names, [r.measured().above / 2**20 for _, r in rows], color=colours)
+    ratios = [quartiles(r.timed().ratios(eager.timed())) for _, r in rows]
+    middles = [middle for _, middle, _ in ratios]
+    reach = [
+        [middle - low for low, middle, _ in ratios],
+        [high - middle for _, middle, high in ratios],
+    ]
+    time.barh(names, middles, xerr=reach, color=colours, error_kw={"linewidth": 1})
+    for axes, most in ((memory, eager.measured().above / 2**20), (time, 1.0)):
+        axes.axvline(most, color="black", linewidth=1, linestyle=":")
+        axes.spines[["top", "right"]].set_visible(False)
+    memory.set_xlabel("peak above parameters, MiB")
+    time.set_xlabel("step time, times eager (median, quartiles)")
+    figure.suptitle(heading(setup, 0).split("\n")[0], x=0.01, ha="left", fontsize=10)
+    figure.savefig(path, dpi=150)
 
 
 def _cells(result: Result, eager: Result) -> list[str]:

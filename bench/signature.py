@@ -36,7 +36,7 @@ def measure(layers: int) -> dict[str, str]:
     """A row of the table: a tiny GPT-2 with so many layers."""
     case = build("gpt2", layers=layers, width=32, heads=4, batch=1, seq=8, vocab=128)
     batch = case.batch(0)
-    model = fxckpt.rewrite(case.model, "everything", strict=True)
+    model = fxckpt.rewrite(case.model, "everything", units="model", strict=True)
     case.loss(model(**batch)).backward()
     captures = runner_of(model).captures
 

@@ -9,12 +9,14 @@ from fxckpt.errors import (
     MismatchError,
     PolicyError,
 )
+from fxckpt.explaining import explain
 from fxckpt.functional import checkpoint, name
 from fxckpt.joint import Value
 from fxckpt.module import graphs, is_rewritten, restore_, rewrite, rewrite_
 from fxckpt.planning import fit_batch, frontier, plan
 from fxckpt.plans import Plan
 from fxckpt.policies import RECOMPUTE, SAVE
+from fxckpt.report import Report
 from fxckpt.saved import print_saved_values, saved_values
 from fxckpt.verification import verify
 
@@ -30,8 +32,10 @@ __all__ = [
     "MismatchError",
     "Plan",
     "PolicyError",
+    "Report",
     "Value",
     "checkpoint",
+    "explain",
     "fit_batch",
     "frontier",
     "graphs",

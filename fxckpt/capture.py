@@ -148,7 +148,7 @@ class _Session:
     def run(self, fn: Callable[..., Any]) -> Tape:
         for held in self.held.values():
             container, key = held.slots[0]
-            slot = (_without_cycle(container, self.module), key)
+            slot = (without_cycle(container, self.module), key)
             self._add_primal(held.tensor, held.name, held.kind, slot)
         labels = _input_names(self.input_spec)
         for i, (tensor, label) in enumerate(zip(self.inputs, labels, strict=True)):
@@ -302,7 +302,7 @@ class _Session:
             [recorder.node_for(t) for t in outputs],
             [results[id(t)] for t in tensors],
             spec,
-            [(_without_cycle(a.slot[0], self.module), a.slot[1]) for a in assignments],
+            [(without_cycle(a.slot[0], self.module), a.slot[1]) for a in assignments],
             changes,
             self.guards,
         )
@@ -397,7 +397,8 @@ class _AttributesOf:
         self._there()[key] = value
 
 
-def _without_cycle(container: Any, root: nn.Module | None) -> Any:
+def without_cycle(container: Any, root: nn.Module | None) -> Any:
+    """A container of the root's as a captured forward may keep it, which the root keeps."""
     own = root is not None and container is root.__dict__
     return _AttributesOf(root) if own and root is not None else container
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from typing import Any, NoReturn
 
 import torch
@@ -19,13 +18,14 @@ from fxckpt.errors import CaptureError, let_go_of_frames
 from fxckpt.first_run import Misfit
 from fxckpt.holders import prepare
 from fxckpt.installation import original_forward
+from fxckpt.kin import Kin, forward_of
+from fxckpt.levels import Twins, outside_of_transforms, samples
 from fxckpt.locks import LOCK
 from fxckpt.places import Position
 from fxckpt.reads import Reads
 from fxckpt.runtime import Captured, Decide
 from fxckpt.state import exchanged, held_tensors
 from fxckpt.tape import Tape
-from fxckpt.transforms import Twins, outside_of_transforms
 from fxckpt.watch import Watch
 
 _MOST_MISFITS = 8  # then a call runs eagerly
@@ -36,13 +36,18 @@ _MOST_IN_VAIN = 8  # captures for calls of one kind, none of which was used agai
 class Options:
     """What `rewrite` was called with.
 
-    `nests` says whether it also decides inside of something else that is captured.
+    `nests` says whether it also decides inside of something else that is captured, `by_index`
+    whether it may decide differently for modules that differ in nothing but their index in a list.
+    `told` is what reports say of all this.
     """
 
     decide: Decide
     cache_size: int
     strict: bool
     nests: bool = True
+    by_index: bool = True
+    decompose: bool = False
+    told: str = ""
 
 
 Key = tuple[int | None, Hashable]  # state of the module; modes and arguments
@@ -55,19 +60,27 @@ class Captures:
         module: The module.
         options: What `rewrite` was called with.
         position: Where the module stands in the model that was rewritten.
+        kin: What was captured of modules that may look the same.
     """
 
-    def __init__(self, module: nn.Module, options: Options, position: Position) -> None:
-        self._options, self._position = options, position
+    def __init__(
+        self, module: nn.Module, options: Options, position: Position, kin: Kin | None = None
+    ) -> None:
+        self._options, self._position, self._kin = options, position, kin
         # By signature; the error where the graph cannot be captured. Several per signature if
         # Python read values of the arguments: then their guards decide.
         self._known: OrderedDict[Key, list[Captured] | CaptureError] = OrderedDict()
         self._watch = self._fresh_watch(module)
         self._misfits: Counter[Key] = Counter()
         self._in_vain: Counter[Hashable] = Counter()  # captures since the last use
-        self._twins = Twins()
+        self._twins = Twins(forward=options.decompose)
         self._passed = False  # whether an error that may pass was ignored
         self.generation = 0  # how often the structure of the module changed
+
+    @property
+    def tried(self) -> bool:
+        """Whether any call was looked up."""
+        return bool(self._known)
 
     def find(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -122,7 +135,9 @@ class Captures:
             self._known.clear()
             self._watch, self.generation = self._fresh_watch(module), self.generation + 1
             state = self._watch.state()
-        return state, (signature.of_modes(), signature.of_arguments(call.spec, call.inputs))
+        count = 1 if self._options.nests else samples()  # of which a plan has to know
+        arguments = signature.of_arguments(call.spec, call.inputs)
+        return state, (signature.of_modes(), arguments, count)
 
     def _found(self, module: nn.Module, call: Call) -> Captured | None:
         """None if there is nothing to capture yet.
@@ -130,14 +145,19 @@ class Captures:
         Raises:
             CaptureError: if the call cannot be captured.
         """
+        if self._kin and not self._known:
+            self._kin.prepare(module, self._watch)
         key = self.signature(module, call)
         if self._watch.is_lazy():
             return None
         known = self._latest(key)
         found = next((c for c in known if c.guards_hold(call)), None)
-        if found is not None and found.misfit is not None:
+        if found is not None and found.standing.withdrawn:
             known.remove(found)
-            self._count_misfit(key, found.misfit)
+            found = None
+        elif found is not None and found.standing.misfit is not None:
+            known.remove(found)
+            self._count_misfit(key, found.standing.misfit)
             found = None
         if found is None:
             return self._capture(module, call, key)
@@ -162,6 +182,9 @@ class Captures:
 
     def _capture(self, module: nn.Module, call: Call, key: Key) -> Captured:
         """Captures a call; what it read of the module is part of its signature."""
+        alike = self._kin.find(module, self._watch, call, key[1]) if self._kin else None
+        if alike is not None:
+            return self._added(alike, module, call)
         self._require_hope(key)
         reads: Reads = set()
         error, captured = None, None
@@ -171,12 +194,15 @@ class Captures:
         except CaptureError as failure:
             error = failure
         self._watch.add(reads)
-        key = self.signature(module, call)
         if captured is None:
             assert error is not None
-            self._refuse(key, error)
-        known = self._latest(key)
-        known.append(captured)
+            self._refuse(self.signature(module, call), error)
+        if self._kin:
+            self._kin.add(captured, module, self._watch, call, key[1])
+        return self._added(captured, module, call)
+
+    def _added(self, captured: Captured, module: nn.Module, call: Call) -> Captured:
+        self._latest(self.signature(module, call)).append(captured)
         return captured
 
     def _require_hope(self, key: Key) -> None:
@@ -207,8 +233,10 @@ class Captures:
             self._refuse(key, error)
 
     def _captured(self, tape: Tape, module: nn.Module, call: Call) -> Captured:
-        forward, state = self._forward(module), self._watch.state
-        return Captured(tape, self._options.decide, forward, call.spec, module, state)
+        forward, state, options = forward_of(module), self._watch.state, self._options
+        return Captured(
+            tape, options.decide, forward, call.spec, module, state, decompose=options.decompose
+        )
 
     def _confirmed(self, found: Captured, module: nn.Module, call: Call, key: Key) -> Captured:
         """At the second call, runs the Python of forward again: it has to do the same.
@@ -224,6 +252,7 @@ class Captures:
         except CaptureError as error:
             self._refuse(key, error)
         if again.fingerprint != found.tape.fingerprint:
+            found.standing.withdrawn = True
             self._known[key] = CaptureError(
                 "forward does something else when it is called again",
                 hint="Decide on the time, files, counters and the like outside of the model.",
@@ -244,24 +273,13 @@ class Captures:
 
     def _tape(self, module: nn.Module, call: Call, reads: Reads) -> Tape:
         return capture(
-            self._forward(module),
+            forward_of(module),
             call.args,
             call.kwargs,
             module=module,
             position=self._position,
             reads=reads,
         )
-
-    @staticmethod
-    def _forward(module: nn.Module) -> Callable[..., Any]:
-        owner = weakref.ref(module)
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            module = owner()
-            assert module is not None, "a module that is called exists"
-            return original_forward(module)(*args, **kwargs)
-
-        return forward
 
     def _fresh_watch(self, module: nn.Module) -> Watch:
         return Watch(module, self._options.cache_size)

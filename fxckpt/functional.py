@@ -6,42 +6,63 @@ import contextlib
 import functools
 import types
 from collections.abc import Callable, Iterator
-from typing import Any, ParamSpec, TypeVar, overload
+from typing import Any, ParamSpec, TypedDict, TypeVar, overload
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
+from typing_extensions import Unpack
 
 from fxckpt.contents import is_leaf, reader
 from fxckpt.errors import PolicyError
 from fxckpt.joint import root
 from fxckpt.module import rewrite_
+from fxckpt.plans import Plan
 from fxckpt.recorder import current_recorder
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-@overload
-def checkpoint(fn: Callable[P, R], **options: Any) -> Callable[P, R]: ...
-@overload
-def checkpoint(fn: None = None, **options: Any) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
+class Options(TypedDict, total=False):
+    """The options of `checkpoint`, which are those of `rewrite`."""
+
+    policy: Any
+    budget: int | str | float | None
+    plan: Plan | None
+    save: Any
+    recompute: Any
+    cache_size: int
+    strict: bool
+    planning_seconds: float
+    profile: bool
+    decompose: bool
 
 
-def checkpoint(fn: Callable[..., Any] | None = None, **options: Any) -> Any:
+@overload
+def checkpoint(fn: Callable[P, R], **options: Unpack[Options]) -> Callable[P, R]: ...
+@overload
+def checkpoint(
+    fn: None = None, **options: Unpack[Options]
+) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
+
+
+def checkpoint(fn: Callable[..., Any] | None = None, **options: Unpack[Options]) -> Any:
     """A function like `fn` that keeps less for its backward and computes the rest again.
 
     As `jax.checkpoint`: results and gradients are those of `fn`, also under the transforms of
     `torch.func` (`grad`, `vjp`, `jvp`, `vmap`, `jacrev`, `jacfwd`, `hessian`), in any nest. The
     graph of `fn` is captured at the first call of each kind (shapes, dtypes, static arguments,
-    what it reads from around it). Under `vmap` a budget is that of one sample.
+    what it reads from around it). Under `vmap` a budget is that of all samples together, as if
+    they shared nothing.
 
     Args:
         fn: Any function of nested containers of tensors; other arguments are static. It may read
             tensors and modules from around it. Left out, `checkpoint` is a decorator with options.
         **options: Those of `rewrite`: `policy`, `budget`, `plan`, `save`, `recompute`,
-            `cache_size`, `strict`, `planning_seconds`, `profile`. Without any of the first five,
-            all is recomputed: policy="nothing".
+            `cache_size`, `strict`, `planning_seconds`, `profile`, `decompose`. Without any of the
+            first five, all is recomputed: policy="nothing".
 
     Raises:
         PolicyError: if `fn` is not callable, or the policy makes no sense.
@@ -145,6 +166,7 @@ class Called(nn.Module):
 
 
 _MOST_LEVELS = 4
+_LONG = 1000
 
 
 def _modules_of(function: Any, depth: int = 0) -> Iterator[tuple[str, nn.Module]]:
@@ -175,7 +197,7 @@ def _read_by(function: Any) -> Iterator[tuple[str, Any]]:
 def _modules_in(name: str, value: Any, depth: int) -> Iterator[tuple[str, nn.Module]]:
     if isinstance(value, nn.Module):
         yield name, value
-    elif depth >= _MOST_LEVELS or is_leaf(value):
+    elif depth >= _MOST_LEVELS or is_leaf(value) or _is_data(value):
         return
     elif isinstance(value, (types.FunctionType, functools.partial, types.MethodType)):
         for inner, module in _modules_of(value, depth):
@@ -183,3 +205,16 @@ def _modules_in(name: str, value: Any, depth: int) -> Iterator[tuple[str, nn.Mod
     elif (read := reader(value)) is not None:
         for key, each in zip(*read(), strict=True):
             yield from _modules_in(f"{name}_{key}", each, depth + 1)
+
+
+def _is_data(value: Any) -> bool:
+    """Whether a container is long, or an array, and holds no modules as far as one can see at once.
+
+    These are not walked through at each call.
+    """
+    if isinstance(value, (np.ndarray, bytearray)):
+        return True
+    if not isinstance(value, (list, tuple, dict)) or len(value) <= _LONG:
+        return False
+    first = next(iter(value.values() if isinstance(value, dict) else value))
+    return is_leaf(first) or isinstance(first, torch.Tensor)

@@ -20,6 +20,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import nn
 
 from fxckpt.errors import FxckptError
@@ -53,6 +54,11 @@ def install(model: nn.Module, runner: Any) -> None:
     model.__class__ = sub
 
 
+def exchange(model: nn.Module, runner: Any) -> None:
+    """Lets a module that is rewritten run its forward by another runner."""
+    model.__dict__[_UNIT] = runner
+
+
 def uninstall(model: nn.Module) -> None:
     """Gives a module its own forward back.
 
@@ -77,20 +83,21 @@ def is_runner(attribute: str) -> bool:
 
 def installed(model: nn.Module) -> Any:
     """The runner that was installed on the module, or on the one that it is a copy of, or None."""
-    return model.__dict__.get(_UNIT)
+    return _unnoticed(model).get(_UNIT)
 
 
 def runner_of(model: nn.Module) -> Any:
     """The runner of a module; one of its own if the module is a copy of another."""
-    runner = model.__dict__[_UNIT].for_module(model)
-    model.__dict__[_UNIT] = runner
+    attributes = _unnoticed(model)
+    runner = attributes[_UNIT] = attributes[_UNIT].for_module(model)
     return runner
 
 
 def original_forward(model: nn.Module) -> Callable[..., Any]:
     """The forward that a module has without its runner."""
-    if _HIDDEN in model.__dict__:
-        return model.__dict__[_HIDDEN]
+    attributes = _unnoticed(model)
+    if _HIDDEN in attributes:
+        return attributes[_HIDDEN]
     ours = _outermost(type(model))
     own: Any = model if ours is None else super(ours, model)
     return own.forward
@@ -110,6 +117,13 @@ def plain(model: M) -> M:
         if hasattr(model, name):
             setattr(new, name, getattr(model, name))
     return new
+
+
+def _unnoticed(model: nn.Module) -> dict[str, Any]:
+    """The attributes of a module; capture does not note that they are read (see `reads`)."""
+    if torch.compiler.is_compiling():  # which cannot trace the other way
+        return model.__dict__
+    return object.__getattribute__(model, "__dict__")
 
 
 def _without_runner(attributes: dict[str, Any]) -> dict[str, Any]:
@@ -151,12 +165,12 @@ def _subclass(cls: Any) -> Any:
     new.__bases__ = (cls,)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if _UNIT not in self.__dict__ or _outermost(type(self)) not in (new, None):
+        if _UNIT not in _unnoticed(self) or _outermost(type(self)) not in (new, None):
             # Made by `type(model)(...)`, or of a class derived from that.
             return super(new, self).forward(*args, **kwargs)
         result = runner_of(self)(self, args, kwargs)
         if not isinstance(self, new):  # a lazy module took its final class
-            install(self, self.__dict__[_UNIT].for_copy(self))
+            install(self, _unnoticed(self)[_UNIT].for_copy(self))
         return result
 
     new.forward = _disguised(forward, cls)

@@ -170,8 +170,11 @@ def outside_of_modes() -> Iterator[None]:
 _AROUND_FORWARD = ("_forward_pre_hooks", "_forward_hooks")
 
 
+_WRAPPERS = ("torch.nn.parallel.", "torch.distributed.fsdp.fully_sharded_data_parallel.")
+
+
 def refuse_hooks(root: nn.Module) -> None:
-    """Raises if a hook of a submodule would run during capture and never again.
+    """Raises if a hook of a submodule, or a wrapper, would run during capture and never again.
 
     Hooks of the root itself run around the captured forward, as always; those of `torch.nn.utils`
     (weight norm and the like) only compute, and are captured, as are those around forward that can
@@ -179,10 +182,16 @@ def refuse_hooks(root: nn.Module) -> None:
     unless one that is around it has asked for them.
 
     Raises:
-        CaptureError: naming the hook.
+        CaptureError: naming the hook or the wrapper.
     """
     harmless = _COMPUTING if collected_outputs() else (_COMPUTING, _COLLECTING)
     for path, m in root.named_modules():
+        if any(f"{cls.__module__}.".startswith(_WRAPPERS) for cls in type(m).__mro__):
+            raise CaptureError(
+                f"{type(m).__name__} synchronises what the module in it computes",
+                path=path,
+                hint="Rewrite the module, then wrap it.",
+            )
         for kind in HOOKS:
             for hook in getattr(m, kind).values():
                 owner = getattr(hook, "__module__", "")

@@ -134,11 +134,11 @@ class Ledger:
         self.notable: list[tuple[int, Node, int]] = []
         self._facts, self._states = facts, states
         self._born, self._read = [0], [0]  # when each storage is made, and read for the last time
-        self._owners: list[Node | None] = [None]
+        self._owners: list[Step | None] = [None]
         self._places: dict[Step, tuple[int, ...]] = {}  # the storages that each variable holds
         self._parents: dict[int, Node] = {}  # the tuples that storages came in
 
-    def make(self, owner: Node, sizes: Collection[int]) -> tuple[int, ...]:
+    def make(self, owner: Step, sizes: Collection[int]) -> tuple[int, ...]:
         """Makes storages; `owner` is what they are shown as."""
         first, count = len(self.sizes), len(sizes)
         self.sizes += sizes
@@ -149,8 +149,7 @@ class Ledger:
 
     def place(self, step: Step, *sizes: int) -> tuple[int, ...]:
         """Makes storages for the results of a step."""
-        owner = step if isinstance(step, Node) else step.node
-        places = self._places[step] = self.make(owner, sizes)
+        places = self._places[step] = self.make(step, sizes)
         return places
 
     def of(self, steps: Iterable[Step]) -> set[int]:
@@ -237,8 +236,15 @@ class Ledger:
 
     def live(self) -> list[int]:
         """The bytes that live at each time, results of the step included."""
+        return self._summed(zip(self.sizes, self._born, self._read, strict=True))
+
+    def live_of(self, storages: Iterable[int]) -> list[int]:
+        """The same for some of the storages."""
+        return self._summed((self.sizes[s], self._born[s], self._read[s]) for s in storages)
+
+    def _summed(self, lives: Iterable[tuple[int, int, int]]) -> list[int]:
         change = [0] * (self.now + 2)
-        for size, born, read in zip(self.sizes, self._born, self._read, strict=True):
+        for size, born, read in lives:
             change[born] += size
             change[read + 1] -= size
         return list(accumulate(change))
@@ -254,12 +260,28 @@ class Ledger:
         """For each storage, the first value on it, when it was made and when it was read last."""
         for owner, born, read in zip(self._owners, self._born, self._read, strict=True):
             if owner is not None:
-                yield owner, born, read
+                yield _node_of(owner), born, read
 
-    def alive(self, time: int) -> Iterator[tuple[Node, int]]:
+    def alive(self, time: int) -> Iterator[tuple[int, Node, int]]:
         """The storages that live at a time: the first value on each, and its bytes."""
-        for owner, size, born, read in zip(
-            self._owners, self.sizes, self._born, self._read, strict=True
-        ):
+        entries = zip(self._owners, self.sizes, self._born, self._read, strict=True)
+        for storage, (owner, size, born, read) in enumerate(entries):
             if owner is not None and size and born <= time <= read:
-                yield owner, size
+                yield storage, _node_of(owner), size
+
+    def made_again(self, boundary: int) -> set[int]:
+        """The storages that forward operations made after a time."""
+        owners = enumerate(zip(self._owners, self._born, strict=True))
+        return {
+            storage
+            for storage, (owner, born) in owners
+            if born > boundary and owner is not None and _is_of_forward(_node_of(owner))
+        }
+
+
+def _node_of(step: Step) -> Node:
+    return step if isinstance(step, Node) else step.node
+
+
+def _is_of_forward(node: Node) -> bool:
+    return node.meta.get("phase") == "forward"

@@ -136,10 +136,16 @@ class Memory:
         ledger.run(schedule.backward, scheduler.reads_again, needless.backward, pure)
         if self._outputs_held:
             ledger.keep(outputs)
-        ledger.keep({*given, *ledger.of(scheduler.wanted)})
+        gradients = ledger.of(scheduler.wanted)
+        ledger.keep({*given, *gradients})
         saved = sum(ledger.sizes[s] for s in residuals)
         again = tuple(n for n in schedule.recomputed if self._facts[n].runs)
-        return Replay(saved, again, ledger, boundary)
+        kinds = {
+            "outputs": outputs | given,
+            "gradients": gradients,
+            "saved": residuals.union(held),
+        }
+        return Replay(saved, again, ledger, boundary, schedule, kinds)
 
     def _root(self, node: Node) -> Node:
         """The value that owns the memory of a value."""

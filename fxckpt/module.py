@@ -10,6 +10,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from fxckpt import policies
+from fxckpt.blocks import Blocks, Undecided, Units
 from fxckpt.captures import Options
 from fxckpt.errors import BudgetError, FxckptError, PolicyError
 from fxckpt.installation import install, installed, plain, runner_of, uninstall
@@ -29,11 +30,13 @@ def rewrite(
     plan: Plan | None = None,
     save: Any = (),
     recompute: Any = (),
+    units: Units = None,
     example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
     cache_size: int = 32,
     strict: bool = False,
     planning_seconds: float = 10.0,
     profile: bool = False,
+    decompose: bool = False,
 ) -> M:
     """A module like `model` whose training step keeps fewer activations and recomputes the rest.
 
@@ -57,6 +60,12 @@ def rewrite(
             the first call. Calls with other shapes get plans of their own, for the same budget.
         save: Selectors of values to save: module-path globs, module classes, operations.
         recompute: Selectors of values to recompute.
+        units: What is captured at once: "model", the whole; "blocks", each repeated block by
+            itself, while the rest runs eagerly; or the modules at these paths ("encoder.layer.*").
+            A policy sees one unit at a time. The gradients of a unit come when its backward is
+            done, which overlaps with communication if units are blocks. By default it is the whole
+            model; but blocks, if the policy is none of the whole ("sqrt", a budget), where at
+            least 32 of them are alike, and in distributed training.
         example_inputs: Captures now, for these arguments: a tuple of positional or a dictionary of
             keyword arguments. The model has to be in training mode.
         cache_size: How many signatures are kept; the least recently used is dropped.
@@ -64,6 +73,11 @@ def rewrite(
         planning_seconds: How long to look for a better plan, about, at each capture.
         profile: Whether to time each distinct operation for planning, instead of taking its time
             from rates of the device.
+        decompose: Whether to differentiate torch's own decomposition of an operation (fused
+            attention, `hardsigmoid`, ...) where torch has no rule for a second derivative or for
+            forward mode, instead of raising torch's error. Such derivatives are those of plain
+            operations up to rounding, and cost more memory. Values and gradients of first order
+            stay what they are, bit by bit.
 
     Returns:
         A new module of the same class (its name and `isinstance` included).
@@ -91,11 +105,13 @@ def rewrite(
         plan=plan,
         save=save,
         recompute=recompute,
+        units=units,
         example_inputs=example_inputs,
         cache_size=cache_size,
         strict=strict,
         planning_seconds=planning_seconds,
         profile=profile,
+        decompose=decompose,
     )
 
 
@@ -107,11 +123,13 @@ def rewrite_(
     plan: Plan | None = None,
     save: Any = (),
     recompute: Any = (),
+    units: Units = None,
     example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
     cache_size: int = 32,
     strict: bool = False,
     planning_seconds: float = 10.0,
     profile: bool = False,
+    decompose: bool = False,
 ) -> M:
     """Like `rewrite`, in place: `model` itself is rewritten, and returned.
 
@@ -128,10 +146,18 @@ def rewrite_(
             f"rewrite(..., {f'budget={budget!r}' if plan is None else 'plan=...'}): the planner "
             "decides alone; leave out policy=, save= and recompute="
         )
+    nests = budget is None and plan is None  # a plan is one for the whole
+    if units not in (None, "model") and not nests:
+        raise BudgetError(
+            f"rewrite(..., units={units!r}): a budget and a plan are for the model as one unit. "
+            'Leave out units=, or give a policy such as "block"'
+        )
     if is_rewritten(model):
         restore_(model)
-    nests = budget is None and plan is None  # a plan is one for the whole
-    install(model, Unit(model, Options(decide, cache_size, strict, nests)))
+    by_index = nests and policies.may_tell_apart(policy, save, recompute)
+    told = policies.described(policy, save=save, recompute=recompute) if nests else "planned"
+    options = Options(decide, cache_size, strict, nests, by_index, decompose, told)
+    install(model, _runner(model, options, units, whole=not nests or policy == "sqrt"))
     if example_inputs is not None:
         try:
             args, kwargs = _example(example_inputs)
@@ -178,6 +204,13 @@ def graphs(model: nn.Module) -> tuple[GraphModule, GraphModule]:
     return latest.program.split.forward, latest.program.split.backward
 
 
+def _runner(model: nn.Module, options: Options, units: Units, whole: bool) -> Any:
+    """What runs the model, or its blocks."""
+    if units is None:
+        return Undecided(options, whole)
+    return Unit(model, options) if units == "model" else Blocks(model, options, units)
+
+
 def _planned(
     budget: int | str | float | None, plan: Plan | None, seconds: float, profile: bool
 ) -> Decide:
@@ -209,6 +242,11 @@ def _require_module(call: str, model: Any) -> None:
         raise FxckptError(
             f"{call}(model, ...): {type(model).__name__} is compiled already. "
             "Rewrite the original module, then compile"
+        )
+    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        raise FxckptError(
+            f"{call}(model, ...): {type(model).__name__} communicates with other processes. "
+            "Rewrite the module inside (model.module), before or after it is wrapped"
         )
 
 

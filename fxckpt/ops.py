@@ -135,6 +135,9 @@ _ATTENTION = frozenset(
     name for name in _MATRIX_LIKE if "attention" in name and "multi_head" not in name
 )
 
+_COLLECTIVE = frozenset(
+    ("c10d", "c10d_functional", "_c10d_functional", "_c10d_functional_autograd", "symm_mem")
+)
 _NORMS = frozenset(
     f"aten::{name}"
     for name in (
@@ -173,6 +176,11 @@ def is_attention(target: Any) -> bool:
 def is_norm(target: Any) -> bool:
     """Whether an operation is a normalisation layer in one piece."""
     return schema_name(target) in _NORMS
+
+
+def is_collective(target: OpOverload) -> bool:
+    """Whether an operation is done together with other processes: each time it is run, by all."""
+    return target.namespace in _COLLECTIVE
 
 
 def is_random(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
@@ -462,6 +470,11 @@ def made_like(op: OpOverload, like: torch.Tensor, /, *args: Any, **kwargs: Any) 
     if op is aten.full.default:
         return like.new_full(*args, **kwargs)
     return like.new_empty_strided(*args, **kwargs)
+
+
+def masked(x: torch.Tensor, mask: torch.Tensor, p: float) -> torch.Tensor:
+    """The result of `native_dropout` for a mask that was drawn."""
+    return x * (mask * (0.0 if p == 1 else 1 / (1 - p)))
 
 
 def reshaped(x: torch.Tensor, size: Sequence[int], _: Sequence[int]) -> torch.Tensor:

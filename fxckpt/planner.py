@@ -8,6 +8,7 @@ given out whose replay needs more than the budget.
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -19,6 +20,7 @@ from fxckpt.cost import Costs, profiled
 from fxckpt.errors import BudgetError, PolicyError
 from fxckpt.joint import Joint
 from fxckpt.lean import lean
+from fxckpt.levels import samples
 from fxckpt.memory import Memory
 from fxckpt.places import ROOT
 from fxckpt.plans import Holding, Plan, Step, fingerprint
@@ -27,9 +29,15 @@ from fxckpt.rates import DEVICES, Device, measured
 from fxckpt.schedule import Choice
 from fxckpt.search import Found, Search
 
+_PEERS = {  # what people use, by the policy that does the same
+    "per-block checkpointing": "block",
+    "selective, matmuls saved": "dots",
+    "sqrt(n) segments": "sqrt",
+}
 AnyDevice = Device | torch.device | str | None
 _SECONDS_OF_REPLAY = 5e-6  # for each node of a graph, about
 _SECONDS_OF_EXACT = 0.75  # for each exact solution, about
+_PLANS_KEPT = 32  # for reports
 _SHARE = 0.3  # of the seconds for planning that replays for one budget, or solutions, may take
 
 
@@ -59,8 +67,8 @@ class Planner:
         profile: bool = False,
         seconds: float = 10.0,
     ) -> None:
-        costs = _costs(joint, device, profile)
-        here = costs.device.name == str(_device_of(joint))
+        costs = costs_of(joint, device, profile)
+        here = are_here(costs, joint)
         self._given, self._costs = joint, costs
         self._eager = Memory(joint, workspaces=here, eager=True)
         self.eager_peak = self._eager.replay(self._eager.values).peak
@@ -94,6 +102,17 @@ class Planner:
         """
         replay = self._eager.replay(decide(self._given))
         return replay.peak, math.fsum(self._costs.seconds(n) for n in replay.again)
+
+    def peers(self) -> dict[str, tuple[int, float]]:
+        """What usual strategies come to: bytes at the peak, and what runs again, of the step."""
+        found = {}
+        for title, name in _PEERS.items():
+            try:
+                peak, seconds = self.strategy(policies.NAMES[name])
+            except PolicyError:
+                continue  # it has no layers of this kind
+            found[title] = peak, seconds / self._step_seconds if self._step_seconds else 0.0
+        return found
 
     def plan(self, budget: int) -> Plan:
         """The fastest plan within a budget of bytes that is found.
@@ -161,7 +180,7 @@ class WithinBudget:
     """Decides what to save by a budget, as a policy does: from a joint graph to the values.
 
     Parts of a model that cannot be captured as a whole have no budget of their own: of them, as
-    little as possible is saved.
+    little as possible is saved. Under `vmap`, the budget is that of all samples together.
 
     Args:
         budget: See `fxckpt.rewrite`.
@@ -174,13 +193,22 @@ class WithinBudget:
 
     def __init__(self, budget: Any, seconds: float, *, profile: bool = False) -> None:
         self._bytes_of, self._seconds, self._profile = parse_budget(budget), seconds, profile
+        self._plans: OrderedDict[str, Plan] = OrderedDict()  # the latest, by graph
 
     def __call__(self, joint: Joint) -> Choice:
         """The values to save."""
         if joint.position != ROOT:
             return Choice(frozenset())
-        planner = Planner(joint, profile=self._profile, seconds=self._seconds)
-        return planner.plan(self._bytes_of(planner.eager_peak)).choice(planner.joint)
+        planner, count = Planner(joint, profile=self._profile, seconds=self._seconds), samples()
+        plan = planner.plan(self._bytes_of(count * planner.eager_peak) // count)
+        self._plans[plan.graph] = plan
+        if len(self._plans) > _PLANS_KEPT:
+            self._plans.popitem(last=False)
+        return plan.choice(planner.joint)
+
+    def plan_of(self, joint: Joint) -> Plan | None:
+        """The plan that was made for a graph, if it was one of the latest."""
+        return self._plans.get(fingerprint(joint))
 
 
 class AsPlanned:
@@ -210,6 +238,10 @@ class AsPlanned:
                 "of torch. Make one for this call with fxckpt.plan"
             )
         return self._others(joint)
+
+    def plan_of(self, joint: Joint) -> Plan | None:
+        """The plan for a graph, see `WithinBudget`."""
+        return self._plan if self._plan.is_for(joint) else self._others.plan_of(joint)
 
 
 def parse_budget(budget: Any) -> Callable[[int], int]:
@@ -242,14 +274,14 @@ def _path(node: Node) -> str:
     return str(node.meta.get("path") or "")
 
 
-def _costs(joint: Joint, device: AnyDevice, profile: bool) -> Costs:
+def costs_of(joint: Joint, device: AnyDevice = None, profile: bool = False) -> Costs:
     """The seconds of operations.
 
     Raises:
         BudgetError: if the device is not known, or not here although it has to be.
     """
     if device is None:
-        device = _device_of(joint)
+        device = device_of(joint)
     if isinstance(device, str):
         device = DEVICES.get(device) or _parsed(device)
     if isinstance(device, Device):
@@ -267,6 +299,11 @@ def _costs(joint: Joint, device: AnyDevice, profile: bool) -> Costs:
     return profiled(joint, device) if profile else Costs(measured(device))
 
 
+def are_here(costs: Costs, joint: Joint) -> bool:
+    """Whether costs are those of the device that a graph is on: then workspaces are known."""
+    return costs.device.name == str(device_of(joint))
+
+
 def _parsed(name: str) -> torch.device:
     try:
         return torch.device(name)
@@ -275,9 +312,12 @@ def _parsed(name: str) -> torch.device:
         raise BudgetError(f"device={name!r} is not known: the names are {names}") from None
 
 
-def _device_of(joint: Joint) -> torch.device:
-    nodes = [n for n in joint.forward_nodes() if ops.node_device(n).type != "meta"]
-    return ops.node_device(nodes[-1])
+def device_of(joint: Joint) -> torch.device:
+    """The device that a graph is on."""
+    # Not that of views: those that have several results may say nothing of them.
+    own = (n for n in joint.forward_nodes() if n.meta.get("alias") is None)
+    devices = [device for n in own if (device := ops.node_device(n)).type != "meta"]
+    return devices[-1]
 
 
 def _names(nodes: Collection[Node], some: Collection[Node]) -> tuple[str, ...]:

@@ -12,10 +12,12 @@ from torch._guards import detect_fake_mode
 
 from fxckpt.capture import capture
 from fxckpt.errors import BudgetError, FxckptError
+from fxckpt.frontiers import Frontier
 from fxckpt.installation import original_forward
 from fxckpt.joint import Joint
 from fxckpt.planner import AnyDevice, Planner, parse_budget
 from fxckpt.plans import Plan
+from fxckpt.plotting import Spot
 
 
 def plan(
@@ -68,7 +70,7 @@ def frontier(
     profile: bool = False,
     planning_seconds: float = 10.0,
     **kwargs: Any,
-) -> list[Plan]:
+) -> Frontier:
     """The curve of memory and time: plans from the least memory to that of the model as it is.
 
     Args:
@@ -81,11 +83,18 @@ def frontier(
         **kwargs: Keyword arguments of the call.
 
     Returns:
-        Plans by growing budget; none is slower than the one before it.
+        Plans by growing budget; none is slower than the one before it. What usual strategies come
+        to is in `peers`, plans in the memory of each in `beside`, and `plot` draws all.
     """
     joint = _captured(model, args, kwargs)
     planner = Planner(joint, device=device, profile=profile, seconds=planning_seconds)
-    return planner.frontier(points)
+    peers = {name: Spot(*found) for name, found in planner.peers().items()}
+    beside = {
+        name: planner.plan(peer.peak)
+        for name, peer in peers.items()
+        if peer.peak < planner.eager_peak
+    }
+    return Frontier(tuple(planner.frontier(points)), peers, beside)
 
 
 class Fit(NamedTuple):

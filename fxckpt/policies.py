@@ -18,9 +18,11 @@ Functions that are policies, those of `jax.checkpoint_policies` among them, are 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable
 from typing import Any
 
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx import Node
 
 from fxckpt import ops
@@ -62,6 +64,7 @@ __all__ = [
     "Decide",
     "Decision",
     "Policy",
+    "described",
     "dots_saveable",
     "dots_with_no_batch_dims_saveable",
     "everything_saveable",
@@ -130,6 +133,35 @@ def resolve(
         return chosen | kept.all_nodes()
 
     return decide
+
+
+def described(
+    policy: Policy | str | None = None, *, save: Selector = (), recompute: Selector = ()
+) -> str:
+    """What `resolve` was called with, as one would write it.
+
+    Example:
+        >>> described("dots", recompute="lm_head")
+        "policy='dots', recompute='lm_head'"
+    """
+    name = getattr(policy, "__name__", None) if callable(policy) else None
+    given = [
+        f"policy={name or repr(policy)}" if policy is not None else "",
+        *(f"{key}={one!r}" for key, one in (("save", save), ("recompute", recompute)) if one != ()),
+    ]
+    return ", ".join(filter(None, given))
+
+
+def may_tell_apart(policy: Any, save: Selector, recompute: Selector) -> bool:
+    """Whether these may decide differently for modules that differ only in their index in a list.
+
+    Functions of the user's may do so, and module paths with something else than `*` for an index.
+    """
+    selectors = [*flat(save, "save"), *flat(recompute, "recompute")]
+    functions = [s for s in (policy, *selectors) if callable(s) and not isinstance(s, type)]
+    ours = (*_STOCK, *(s for s in selectors if isinstance(s, OpOverload | OpOverloadPacket)))
+    paths = [s for s in selectors if isinstance(s, str)]
+    return any(f not in ours for f in functions) or any(re.search(r"[\d\[?]", p) for p in paths)
 
 
 def _of_policy(policy: Any) -> Decide:
@@ -201,6 +233,13 @@ def _found(
         "module path or class"
     )
 
+
+_STOCK = (
+    everything_saveable,
+    nothing_saveable,
+    dots_saveable,
+    dots_with_no_batch_dims_saveable,
+)
 
 NAMES: dict[str, Decide] = {
     "everything": _of_policy(everything_saveable),

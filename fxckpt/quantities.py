@@ -1,4 +1,4 @@
-"""Bytes as people write them."""
+"""Bytes and seconds as people write them."""
 
 from __future__ import annotations
 
@@ -36,3 +36,16 @@ def readable(size: int) -> str:
             break
         amount, unit = amount / 1024, larger
     return f"{amount:.4g} {unit}"
+
+
+def readable_seconds(seconds: float) -> str:
+    """Seconds with a unit.
+
+    Example:
+        >>> readable_seconds(0.0123), readable_seconds(75.5), readable_seconds(0)
+        ('12.3 ms', '75.5 s', '0 s')
+    """
+    for unit, scale in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
+        if seconds * scale >= 1 or not seconds:
+            return f"{seconds * scale:.3g} {unit}" if seconds < 1000 else f"{seconds:.0f} s"
+    return f"{seconds * 1e9:.3g} ns"

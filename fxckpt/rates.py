@@ -35,12 +35,14 @@ class Device:
             fast as float32.
         bandwidth: Bytes per second to and from memory.
         launch: Seconds that any operation takes at least.
+        memory: Bytes that a program can use of its memory, about; None if that is not known.
     """
 
     name: str
     flops: Mapping[torch.dtype, float]
     bandwidth: float
     launch: float
+    memory: int | None = None
 
     def rate(self, dtype: torch.dtype) -> float:
         """Operations per second on a dtype."""
@@ -48,9 +50,15 @@ class Device:
 
 
 def _datasheet(
-    name: str, fp64: float, fp32: float, fp16: float, bf16: float, bandwidth: float
+    name: str,
+    fp64: float,
+    fp32: float,
+    fp16: float,
+    bf16: float,
+    bandwidth: float,
+    memory: float,
 ) -> Device:
-    """A device by its datasheet: dense TFLOP/s without TF32, GB/s."""
+    """A device by its datasheet: dense TFLOP/s without TF32, GB/s; and GiB of memory."""
     by_dtype = {
         torch.float64: fp64,
         torch.float32: fp32,
@@ -58,25 +66,27 @@ def _datasheet(
         torch.bfloat16: bf16,
     }
     rates = {dtype: rate * 1e12 * ACHIEVED_RATE for dtype, rate in by_dtype.items()}
-    return Device(name, rates, bandwidth * 1e9 * ACHIEVED_BANDWIDTH, _LAUNCH)
+    achieved = bandwidth * 1e9 * ACHIEVED_BANDWIDTH
+    return Device(name, rates, achieved, _LAUNCH, int(memory * 2**30))
 
 
 # From NVIDIA's datasheets: of the SXM variants where there are several, without sparsity, matrix
 # products in half precision by tensor cores that accumulate in float32. float64 is that of tensor
-# cores from the A100 on. The V100 computes bfloat16 as float32; so does the T4.
+# cores from the A100 on. The V100 computes bfloat16 as float32; so does the T4. The memory is what
+# torch.cuda reports, rounded down: of the larger variants (V100 32 GB, A100 and H100 80 GB).
 DEVICES = {
     device.name: device
     for device in (
-        _datasheet("v100", 7.8, 15.7, 125, 15.7, 900),
-        _datasheet("t4", 0.25, 8.1, 65, 8.1, 320),
-        _datasheet("a100", 19.5, 19.5, 312, 312, 2039),
-        _datasheet("a10", 0.49, 31.2, 125, 125, 600),
-        _datasheet("l4", 0.47, 30.3, 121, 121, 300),
-        _datasheet("l40s", 1.4, 91.6, 362, 362, 864),
-        _datasheet("rtx3090", 0.56, 35.6, 71, 71, 936),
-        _datasheet("rtx4090", 1.3, 82.6, 165.2, 165.2, 1008),
-        _datasheet("h100", 67, 67, 989, 989, 3350),
-        _datasheet("h200", 67, 67, 989, 989, 4800),
+        _datasheet("v100", 7.8, 15.7, 125, 15.7, 900, 31.7),
+        _datasheet("t4", 0.25, 8.1, 65, 8.1, 320, 14.7),
+        _datasheet("a100", 19.5, 19.5, 312, 312, 2039, 79.1),
+        _datasheet("a10", 0.49, 31.2, 125, 125, 600, 22.0),
+        _datasheet("l4", 0.47, 30.3, 121, 121, 300, 22.0),
+        _datasheet("l40s", 1.4, 91.6, 362, 362, 864, 44.4),
+        _datasheet("rtx3090", 0.56, 35.6, 71, 71, 936, 23.6),
+        _datasheet("rtx4090", 1.3, 82.6, 165.2, 165.2, 1008, 23.5),
+        _datasheet("h100", 67, 67, 989, 989, 3350, 79.1),
+        _datasheet("h200", 67, 67, 989, 989, 4800, 139.8),
     )
 }
 

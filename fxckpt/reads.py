@@ -17,7 +17,7 @@ EVERYTHING = "__dict__"  # read as a whole
 def attributes_read(reads: Reads) -> Iterator[None]:
     """Adds to `reads` what is read of any module while active."""
     plain_read: Any = object.__getattribute__
-    fallback: Any = nn.Module.__getattr__
+    original: Any = nn.Module.__getattr__
     members = ("_parameters", "_buffers", "_modules")
 
     def read(self: nn.Module, name: str) -> Any:
@@ -25,12 +25,12 @@ def attributes_read(reads: Reads) -> Iterator[None]:
         return plain_read(self, name)
 
     def read_member(self: nn.Module, name: str) -> Any:
-        """What `nn.Module.__getattr__` does, which reads `__dict__` to find members."""
+        """What `nn.Module.__getattr__` does, which reads `__dict__` as a whole for that."""
         attributes = plain_read(self, "__dict__")
         for kind in members:
             if name in attributes.get(kind, ()):
                 return attributes[kind][name]
-        return fallback(self, name)  # raises
+        raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
 
     nn.Module.__getattribute__ = read  # type: ignore
     nn.Module.__getattr__ = read_member  # type: ignore[method-assign]
@@ -38,4 +38,4 @@ def attributes_read(reads: Reads) -> Iterator[None]:
         yield
     finally:
         del nn.Module.__getattribute__
-        nn.Module.__getattr__ = fallback  # type: ignore[method-assign]
+        nn.Module.__getattr__ = original  # type: ignore[method-assign]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +12,10 @@ from numpy.typing import NDArray
 from torch.fx import Node
 
 from fxckpt.ledger import Ledger
+from fxckpt.schedule import Before, Schedule, Step
+
+# What live bytes are, see `Replay.by_kind`. A storage that is of several kinds is of the first.
+KINDS = ("outputs", "gradients", "saved", "recomputed", "temporary")
 
 
 class Moment(NamedTuple):
@@ -36,16 +40,27 @@ class Replay:
         saved: Bytes that forward hands to backward.
         again: The forward operations that run again, in order; some may do so several times.
         live: Bytes at each of `moments`.
+        schedule: What runs.
 
     Args:
         saved: See above.
         again: See above.
         ledger: The books.
         boundary: The time at which backward starts.
+        schedule: See above.
+        kinds: The storages of some of `KINDS`.
     """
 
-    def __init__(self, saved: int, again: tuple[Node, ...], ledger: Ledger, boundary: int) -> None:
-        self.saved, self.again = saved, again
+    def __init__(
+        self,
+        saved: int,
+        again: tuple[Node, ...],
+        ledger: Ledger,
+        boundary: int,
+        schedule: Schedule,
+        kinds: Mapping[str, Collection[int]],
+    ) -> None:
+        self.saved, self.again, self.schedule, self._given_kinds = saved, again, schedule, kinds
         self._ledger, self._boundary = ledger, boundary
         at_all = np.array(ledger.live(), dtype=np.int64)
         times = [time for time, *_ in ledger.notable]
@@ -105,7 +120,58 @@ class Replay:
         if not len(self.live):
             return []
         time, *_ = self._ledger.notable[int(self.live.argmax())]
-        return sorted(self._ledger.alive(time), key=lambda entry: entry[1], reverse=True)
+        alive = ((node, size) for _, node, size in self._ledger.alive(time))
+        return sorted(alive, key=lambda entry: entry[1], reverse=True)
+
+    # -- for reports
+
+    def by_kind(self) -> dict[str, NDArray[np.int64]]:
+        """What `live` is made of: bytes of each of `KINDS` at each of `moments`.
+
+        outputs     what forward returns, and the gradients that arrive for it
+        gradients   of parameters and inputs, which backward returns
+        saved       what forward hands to backward, and what is kept to run forward again
+        recomputed  values that are computed again
+        temporary   all else: what an operation or the next ones read and drop, gradients of
+                    activations, and workspaces
+        """
+        times = [time for time, *_ in self._ledger.notable]
+        found = {
+            kind: np.array(self._ledger.live_of(storages), dtype=np.int64)[times]
+            for kind, storages in self._storages.items()
+        }
+        return {**found, "temporary": self.live - sum(found.values())}
+
+    def holdings(self, moment: int) -> list[tuple[Node, str, int]]:
+        """What lives at one of `moments`: the first value on each storage, its kind and bytes."""
+        time, node, workspace = self._ledger.notable[moment]
+        kinds = {s: kind for kind, storages in self._storages.items() for s in storages}
+        found = [
+            (owner, kinds.get(storage, "temporary"), size)
+            for storage, owner, size in self._ledger.alive(time)
+        ]
+        return found + ([(node, "temporary", workspace)] if workspace else [])
+
+    def kept(self) -> list[tuple[Step, int]]:
+        """The residuals, and the bytes that each adds to `saved`."""
+        seen: set[int] = set()
+        found = []
+        for step in self.schedule.residuals:
+            places = self._ledger.of([step.node if isinstance(step, Before) else step]) - seen
+            found.append((step, sum(self._ledger.sizes[s] for s in places)))
+            seen |= places
+        return found
+
+    @functools.cached_property
+    def _storages(self) -> dict[str, set[int]]:
+        """The storages of each kind but the last; none is of two."""
+        again = self._ledger.made_again(self._boundary)
+        known: set[int] = set()
+        found = {}
+        for kind in KINDS[:-1]:
+            found[kind] = {*(again if kind == "recomputed" else self._given_kinds[kind])} - known
+            known |= found[kind]
+        return found
 
     def _nodes(self) -> Iterator[Node]:
         return (node for _, node, _ in self._ledger.notable)

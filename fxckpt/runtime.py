@@ -25,10 +25,11 @@ rest: exactly eager, custom functions and errors included.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import weakref
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,14 +40,16 @@ from fxckpt.arguments import Arguments, Call
 from fxckpt.errors import CaptureError, FxckptError
 from fxckpt.first_run import Misfit
 from fxckpt.joint import Joint
+from fxckpt.levels import outside_of_transforms
 from fxckpt.locks import LOCK
 from fxckpt.modes import AutocastState, autocast_as, autocast_state
 from fxckpt.nests import with_nests
+from fxckpt.pure import Pure, pure
 from fxckpt.schedule import Choice, read_before_written
 from fxckpt.split import Split, backward_from, kept_bytes, split
-from fxckpt.state import substituted
+from fxckpt.state import Slot, substituted
 from fxckpt.tape import BackwardKey, Result, Tape
-from fxckpt.transforms import Pure, Transformed, pure
+from fxckpt.transforms import Transformed
 
 Decide = Callable[[Joint], Collection[torch.fx.Node]]
 
@@ -55,14 +58,13 @@ Decide = Callable[[Joint], Collection[torch.fx.Node]]
 class Program:
     """One split of a captured callable, ready to run.
 
-    `slots` says where forward's arguments are at call time: (None, i) for the i-th input, else a
-    container and the key in it. `backwards` are further backward graphs for the same residuals.
-    `untried` holds what did not run yet: the keys of backward graphs, None for forward.
+    `backwards` are further backward graphs for the same residuals. `untried` holds what did not run
+    yet: the keys of backward graphs, None for forward.
     """
 
     joint: Joint
+    choice: Choice
     split: Split
-    slots: list[tuple[Any, Any]]
     saved_positions: list[int]
     extra_positions: list[int]  # primals that are passed to autograd once more
     fragile: list[int]  # changed primals whose contents before the change matter
@@ -99,6 +101,18 @@ class _Call:
     before: dict[int, torch.Tensor]
 
 
+@dataclasses.dataclass(slots=True)
+class Standing:
+    """Whether what was captured may run; one for all modules that run it (see `Captured.rebound`).
+
+    `misfit` is set if a first run showed that it must not run again, `withdrawn` if forward was
+    seen to do something else when it is called again.
+    """
+
+    misfit: Misfit | None = None
+    withdrawn: bool = False
+
+
 class Captured:
     """One captured callable for one signature: runs it, forward and backward.
 
@@ -109,6 +123,7 @@ class Captured:
         input_spec: Structure of (args, kwargs).
         module: The module whose tensors the callable reads, if any.
         state: Tells the state of the module; another answer means that a rerun would differ.
+        decompose: Whether to decompose what torch cannot differentiate twice; see `pure`.
     """
 
     def __init__(
@@ -119,21 +134,44 @@ class Captured:
         input_spec: tree.Spec,
         module: torch.nn.Module | None,
         state: Callable[[], Any],
+        *,
+        decompose: bool = False,
     ) -> None:
         self.tape, self.original, self.input_spec = tape, original, input_spec
         self.state = state
         self._module = None if module is None else weakref.ref(module)  # which keeps this
         self.confirmed = False  # whether forward was seen to do the same again
-        self.misfit: Misfit | None = None  # set if a first run showed that it must not run again
+        self.standing = Standing()
         self.autocast: AutocastState = autocast_state()
-        self._decide = decide
+        self._decide, self._decompose = decide, decompose
         self._needs_parts = bool(tape.changes.numbers) or tree.mentions_known(tape.spec)
-        self._primals = {p.name: p for p in tape.primals}
+        self._sources: Mapping[str, Slot] = {p.name: p.source for p in tape.primals}
         self._programs: dict[BackwardKey, Program] = {}
+        self._slots: dict[int, list[Slot]] = {}  # by id of the program
         self._expected = tape.expected_backward()
         self._differentiable = [t.requires_grad for t in tape.outputs]
         random = [n for n in self.program.joint.forward_nodes() if ops.node_is_random(n)]
         self._random_devices = sorted({ops.node_device(n) for n in random}, key=str)
+
+    def rebound(
+        self,
+        module: torch.nn.Module,
+        original: Callable[..., Any],
+        state: Callable[[], Any],
+        sources: Mapping[str, Slot],
+    ) -> Captured:
+        """The same for another module in the same state: what is compiled serves both.
+
+        Args:
+            module: The other module.
+            original: Its forward.
+            state: Tells its state.
+            sources: Where the primals are at call time, by name.
+        """
+        new = copy.copy(self)
+        new.original, new.state, new._module = original, state, weakref.ref(module)
+        new._sources, new._slots, new.confirmed = sources, {}, True  # with the first of them
+        return new
 
     @property
     def differentiable(self) -> bool:
@@ -155,9 +193,14 @@ class Captured:
                 self._programs[self._expected] = self._compile(self._expected)
             return self._programs[self._expected]
 
+    @property
+    def given(self) -> Joint:
+        """The graph that is decided on; that of a plan is made of it."""
+        return self.tape.joint(self._expected)
+
     def lookup(self, name: str, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
         """The tensor that a primal is at this call."""
-        container, key = self._primals[name].source
+        container, key = self._sources[name]
         return inputs[key] if container is None else container[key]
 
     def guards_hold(self, call: Call) -> bool:
@@ -176,7 +219,7 @@ class Captured:
         program, inputs = self.program, arguments.inputs
         copied = program.written if None in program.untried else program.fragile
         with LOCK:  # another thread may be capturing, with other tensors in their places
-            primals = [inputs[key] if held is None else held[key] for held, key in program.slots]
+            primals = self._primals(program, inputs)
         call = _Call(
             self,
             program,
@@ -215,13 +258,17 @@ class Captured:
         """
         if self.tape.assigned:
             raise CaptureError("forward assigns to a module under a torch.func transform")
-        joint, choice = self.tape.joint(self._expected), self._chosen(self._expected)[1]
-        if choice.joint is not None:  # that of a plan, whose values have the same names
-            names = {node.name for node in choice}
-            choice = Choice(frozenset(n for n in joint.forward_nodes() if n.name in names))
-        moving = {p.name for p in self.tape.primals if p.requires_grad}
-        cotangents = [c is not None for c in self._expected.cotangents]
-        return pure(joint, choice, moving, cotangents)
+        key = dataclasses.replace(self._expected, recorded=True)
+        with outside_of_transforms(), torch.enable_grad():
+            joint, choice = self.tape.joint(key), self._chosen(self._expected)[1]
+            if choice.joint is None:
+                choice = self._chosen(key)[1]
+            else:  # that of a plan, whose values have the same names
+                names = {node.name for node in choice}
+                choice = Choice(frozenset(n for n in joint.forward_nodes() if n.name in names))
+            moving = {p.name for p in self.tape.primals if p.requires_grad}
+            cotangents = [c is not None for c in self._expected.cotangents]
+            return pure(joint, choice, moving, cotangents, decompose=self._decompose)
 
     def run_transformed(self, arguments: Call) -> Any:
         """Like a call, under transforms of `torch.func`.
@@ -229,10 +276,20 @@ class Captured:
         Raises:
             CaptureError: see `pure`.
         """
-        halves, slots, inputs = self.pure, self.program.slots, arguments.inputs
-        primals = [inputs[key] if held is None else held[key] for held, key in slots]
+        halves, primals = self.pure, self._primals(self.program, arguments.inputs)
         result, _ = self._results(arguments, lambda: Transformed.apply(halves, *primals))
         return result
+
+    def _primals(self, program: Program, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The arguments of forward."""
+        slots = self._slots_of(program)
+        return [inputs[key] if held is None else held[key] for held, key in slots]
+
+    def _slots_of(self, program: Program) -> list[Slot]:
+        """Where they are: (None, i) for the i-th input, else a container and the key in it."""
+        if id(program) not in self._slots:
+            self._slots[id(program)] = [self._sources[name] for name in program.split.primals]
+        return self._slots[id(program)]
 
     def _results(self, arguments: Call, run: Callable[[], Sequence[torch.Tensor]]) -> Any:
         """What the callable returns, and what it assigns, of the outputs of the graph."""
@@ -266,7 +323,7 @@ class Captured:
 
     def _undo(self, call: _Call, misfit: Misfit) -> None:
         """Puts back what a forward that did not fit changed."""
-        self.misfit = Misfit(misfit.op, misfit.learned)
+        self.standing.misfit = Misfit(misfit.op, misfit.learned)
         for device, random_state in call.random_states.items():
             ops.generator(device).set_state(random_state)
         with torch.no_grad():
@@ -302,7 +359,7 @@ class Captured:
         try:
             return call.program.run(key, graph, values)
         except Misfit as misfit:
-            self.misfit = Misfit(misfit.op, misfit.learned)
+            self.standing.misfit = Misfit(misfit.op, misfit.learned)
         return self.run_again(call, cotangents)
 
     def run_again(
@@ -314,10 +371,12 @@ class Captured:
         wanted = [stand_ins[id(p)] for p in call.primals if p.requires_grad]
         inputs = [stand_ins.get(id(t), t) for t in call.inputs]
         with self._as_called(call, stand_ins), torch.enable_grad():
-            results = self._results_again(Arguments(self.input_spec, inputs))
-        made = zip(self.tape.results, results, strict=True)
-        by_origin = {r.origin: t for r, t in made if t.requires_grad}
-        pairs = [(_base(by_origin[i]), c) for i, c in enumerate(cotangents) if c is not None]
+            if self._is_decomposed():
+                primals = [stand_ins[id(p)] for p in call.primals]
+                outputs: Any = Transformed.apply(self.pure, *primals)
+            else:
+                outputs = self._outputs_again(Arguments(self.input_spec, inputs))
+        pairs = [(outputs[i], c) for i, c in enumerate(cotangents) if c is not None]
         grads = torch.autograd.grad(
             [t for t, _ in pairs],
             wanted,
@@ -329,12 +388,24 @@ class Captured:
         extra = [None] * len(call.program.split.extra)
         return [*(found.get(id(stand_ins[id(p)])) for p in call.primals), *extra]
 
-    def _results_again(self, arguments: Arguments) -> list[torch.Tensor]:
-        """The tensors that the callable leaves in its result, in modules and in its arguments."""
+    def _is_decomposed(self) -> bool:
+        """Whether forward has operations that only their decompositions differentiate twice."""
+        try:
+            return self._decompose and self.pure.decomposed
+        except CaptureError:
+            return False
+
+    def _outputs_again(self, arguments: Arguments) -> dict[int | str, torch.Tensor]:
+        """Outputs of the graph, by origin, of what the callable leaves behind.
+
+        That is in its result, in modules and in its arguments.
+        """
         result = self.original(*arguments.args, **arguments.kwargs)
         values = [container[key] for container, key in self.tape.assigned]
         contents = arguments.contents(self.tape.changes.numbers)
-        return tree.flatten((result, values, contents), known=arguments.known)[0]
+        tensors = tree.flatten((result, values, contents), known=arguments.known)[0]
+        made = zip(self.tape.results, tensors, strict=True)
+        return {r.origin: _base(t) for r, t in made if t.requires_grad}
 
     def _stand_ins(self, call: _Call) -> dict[int, torch.Tensor]:
         """What the model is run on again, for each primal of the call (by `id`).
@@ -351,7 +422,7 @@ class Captured:
                     stand_ins[id(p)] = call.before.get(i, p).clone()
                 else:
                     stand_ins[id(p)] = p.view_as(p) if p.requires_grad else p
-        for (container, key), p in zip(call.program.slots, call.primals, strict=True):
+        for (container, key), p in zip(self._slots_of(call.program), call.primals, strict=True):
             if container is not None:  # other tensors may be there now (`functional_call`)
                 stand_ins[id(container[key])] = stand_ins[id(p)]
         return stand_ins
@@ -399,8 +470,8 @@ class Captured:
         positions = {name: i for i, name in enumerate(halves.primals)}
         return Program(
             joint,
+            choice,
             halves,
-            [self._primals[name].source for name in halves.primals],
             [positions[name] for name in halves.saved_primals],
             [positions[name] for name in halves.extra],
             [positions[name] for name in read_before_written(joint)],
@@ -419,7 +490,9 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, *primals: torch.Tensor) -> tuple[torch.Tensor, ...]:
         program = call.program
-        results = program.run(None, program.split.forward, list(primals[: len(program.slots)]))
+        results = program.run(
+            None, program.split.forward, list(primals[: len(program.split.primals)])
+        )
         outputs = results[: len(program.joint.outputs)]
         ctx.set_materialize_grads(False)
         for residual, device in program.split.first_states.items():  # not to be kept twice

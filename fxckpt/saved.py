@@ -58,8 +58,8 @@ def saved_values(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Save
     Example:
         >>> import torch, fxckpt
         >>> f = fxckpt.checkpoint(lambda x: x.sin().sin())
-        >>> [value.origin for value in fxckpt.saved_values(f, torch.ones(3, requires_grad=True))]
-        ['argument x']
+        >>> print(fxckpt.saved_values(f, torch.ones(3, requires_grad=True))[0].origin)
+        argument x
     """
     captured = _captured(fn, args, kwargs)
     if captured is None:
@@ -67,7 +67,7 @@ def saved_values(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Save
     joint, split = captured.program.joint, captured.program.split
     nodes = {n.name: n for n in joint.graph.nodes}
     order = {n: i for i, n in enumerate(joint.graph.nodes)}
-    parameters = _parameters(fn)
+    parameters = parameters_of(fn)
     primals = [_primal(name, joint.primals[name], parameters) for name in split.saved_primals]
     residuals = [_node(nodes, name) for name in split.residuals]
     residuals.sort(key=lambda found: order[found[1]])
@@ -103,13 +103,21 @@ def _captured(fn: Any, args: Any, kwargs: Any) -> Captured | None:
             "keeps nothing. Call model.train() first"
         )
     with torch.enable_grad():
-        found, _ = runner_of(module).captures.find(module, args, kwargs)
+        found: Any = runner_of(module).found(module, args, kwargs)
     if isinstance(found, CaptureError):
         raise found
     return found
 
 
-def _parameters(fn: Any) -> list[str]:
+def shown_input(name: str, parameters: list[str]) -> str:
+    """The name of an input, by the names of positional parameters: "args[0]['a']" is "x['a']"."""
+    positional = re.match(r"args\[(\d+)\]", name)
+    if positional and int(positional[1]) < len(parameters):
+        return parameters[int(positional[1])] + name[positional.end() :]
+    return name
+
+
+def parameters_of(fn: Any) -> list[str]:
     """The names of positional parameters."""
     try:
         found = inspect.signature(fn.forward if isinstance(fn, nn.Module) else fn).parameters
@@ -121,9 +129,7 @@ def _parameters(fn: Any) -> list[str]:
 
 def _primal(name: str, node: Node, parameters: list[str]) -> Saved:
     kind, val = node.meta["kind"], node.meta["val"]
-    positional = re.match(r"args\[(\d+)\]", name)
-    if positional and int(positional[1]) < len(parameters):
-        name = parameters[int(positional[1])] + name[positional.end() :]
+    name = shown_input(name, parameters)
     shown = {"input": f"argument {name}", "literal": "a constant", "constant": "a constant"}
     return _saved(shown.get(kind, f"{kind} {name!r}"), val)
 

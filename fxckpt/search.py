@@ -47,7 +47,6 @@ _LESSONS, _AIMS = 3, 8  # how often to learn, and to aim lower
 _SHARES = (1.0, 0.85, 0.7)  # of the budget, that are aimed for from below
 # Times the bound: when to stop, to exchange, and to look from below.
 _BEST, _GOOD, _POOR = 1.01, 1.04, 1.3
-_PARTS = (0.15, 0.3, 0.15)  # of the replays, for the ways to look
 _FEW = 150  # values, for which exact solutions are found soon
 _AT_ONCE = 6  # values to try to give up
 _HALVINGS, _STARTS, _DESCENT = 8, 4, 0.95  # how to find what needs least
@@ -122,17 +121,17 @@ class Search:
         """Looks for decisions within a budget, until one is near the bound."""
         if self.bound(budget) is None:
             return
-        ways = (self._look_by_learning, self._look_exactly, self._look_by_aiming)
-        for look, share in zip(ways, _PARTS, strict=True):
-            self._left = int(share * self._replays)
+        for look in (self._look_by_learning, self._look_exactly, self._look_by_aiming):
+            self._left = self._replays
             look(budget)
             if (known := self.best(budget)) is not None and self._is_poor(budget, _BEST):
                 self._fill(known, budget)
             if not self._is_poor(budget, _BEST):
                 return
-        self._left = self._replays // 3
+        self._left = self._replays
         if self._is_poor(budget, _POOR):
             self._look_from_below(budget)
+        self._left = self._replays
         if self._is_poor(budget, _GOOD):
             self._exchange(budget)
 
@@ -164,7 +163,7 @@ class Search:
             if (found := self._repair(start, budget)).peak <= budget:
                 self._fill(found, budget)
         if self.best(budget) is None and self.least.peak <= budget:
-            self._left = self._replays // 2
+            self._left = self._replays
             self._fill(self.least, budget)
 
     def _look_by_learning(self, budget: float) -> None:
@@ -178,7 +177,7 @@ class Search:
             if found.peak <= budget:
                 return
             self._learn(found, lives)
-            if self._left > 0:
+            if self._left > self._replays // 2:
                 self._repair(found, budget)
 
     def _look_by_aiming(self, budget: float) -> None:
@@ -191,7 +190,7 @@ class Search:
                 continue
             tried = [self._try(self._rounded(solution, limit)) for limit in _ROUNDINGS]
             for found in tried:
-                if found.peak > budget and self._left > 0:
+                if found.peak > budget and self._left > self._replays // 3:
                     self._repair(found, budget)
             over = max(found.peak for found in tried) - budget
             if over <= 0:

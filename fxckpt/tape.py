@@ -35,11 +35,13 @@ class BackwardKey:
     """All that the backward of a captured forward depends on.
 
     `cotangents` has, for each output, the strides and dtype of its gradient, or None if none comes;
-    `autocast` is the autocast state in which backward is called.
+    `autocast` is the autocast state in which backward is called; `recorded` says whether it is
+    differentiated in turn (`create_graph`), for which autograd may compute something else.
     """
 
     cotangents: tuple[tuple[tuple[int, ...], torch.dtype] | None, ...]
     autocast: AutocastState = ()
+    recorded: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -151,7 +153,7 @@ class Tape:
                 recorder,
                 autocast_as(key.autocast),
             ):
-                found = _gradients(outputs, leaves, fakes)
+                found = _gradients(outputs, leaves, fakes, recorded=key.recorded)
                 ours.extend(found.values())
         by_primal = {}
         for primal in self.primals:
@@ -178,7 +180,9 @@ class Tape:
         for i, (out, c) in enumerate(zip(self.outputs, key.cotangents, strict=True)):
             if c is not None:
                 with self.recorder.fake_mode:
-                    fake = torch.empty_strided(out.size(), c[0], dtype=c[1], device=out.device)
+                    options: Any = {"dtype": c[1], "device": out.device}
+                    options["requires_grad"] = key.recorded
+                    fake = torch.empty_strided(out.size(), c[0], **options)
                 fakes.append(fake)
                 nodes.append(self.recorder.add_placeholder(fake, f"cotangent_{i}"))
         return fakes, nodes
@@ -192,7 +196,11 @@ def _nodes_after(last: Node) -> set[Node]:
 
 
 def _gradients(
-    outputs: list[torch.Tensor], leaves: list[torch.Tensor], cotangents: list[torch.Tensor]
+    outputs: list[torch.Tensor],
+    leaves: list[torch.Tensor],
+    cotangents: list[torch.Tensor],
+    *,
+    recorded: bool,
 ) -> dict[int, list[torch.Tensor]]:
     """Runs autograd; returns the contributions to the gradient of each leaf, by `id`, in order.
 
@@ -203,7 +211,9 @@ def _gradients(
         node.register_hook(_contribution_hook(places, contributions))
         for node, places in _edges_to(leaves, outputs)
     ]
-    grads = torch.autograd.grad(outputs, leaves, cotangents, retain_graph=True, allow_unused=True)
+    grads = torch.autograd.grad(
+        outputs, leaves, cotangents, retain_graph=True, create_graph=recorded, allow_unused=True
+    )
     for handle in handles:
         handle.remove()
     return {

@@ -13,16 +13,16 @@ import torch
 from torch import nn
 from torch.utils._device import DeviceContext
 
-from fxckpt import transforms
+from fxckpt import levels
 from fxckpt.arguments import Call
 from fxckpt.capture import is_capturing
 from fxckpt.captures import Captures, Options
 from fxckpt.errors import CaptureError, FallbackWarning, FxckptError
 from fxckpt.first_run import Misfit
 from fxckpt.installation import original_forward
-from fxckpt.modes import autocast_state
+from fxckpt.kin import Kin
 from fxckpt.nests import Nested
-from fxckpt.parts import Parts
+from fxckpt.parts import CastOnce, Parts, submodules
 from fxckpt.places import ROOT, Position, stack_level_of_user
 from fxckpt.recorder import current_recorder
 from fxckpt.runtime import Captured
@@ -34,19 +34,26 @@ class Unit:
     Args:
         module: The module; only a weak reference is kept.
         options: What `rewrite` was called with.
+        position: Where it stands in the model that was rewritten.
+        kin: What was captured of modules that may look the same.
     """
 
     passing = False  # on the module until it is restored
 
-    def __init__(self, module: nn.Module, options: Options) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        options: Options,
+        position: Position = ROOT,
+        kin: Kin | None = None,
+    ) -> None:
         self.options = options
-        self.captures = Captures(module, options, ROOT)
+        self.captures = Captures(module, options, position, kin)
         self.latest: Captured | None = None
+        self.failure: CaptureError | None = None  # for which the latest call ran eagerly
         self._owner = weakref.ref(module)
-        self._parts: Parts | None = None
-        self.runs = 0  # of the parts
+        self.parts: Parts | None = None  # if it cannot be captured as a whole
         self._generation = 0  # of the structure that the parts belong to
-        self._sharing: set[str] | None = None  # parts that share parameters, found in this run
         self._told: set[str] = set()  # lines, or reasons, that were warned of
         self._may_pass = False  # whether the next call may do better, so that nothing is told
 
@@ -55,12 +62,13 @@ class Unit:
         if not (module.training and torch.is_grad_enabled()):
             return original_forward(module)(*args, **kwargs)
         if is_capturing():
-            return self._run_within(module, args, kwargs)
+            return run_within(self.options, module, args, kwargs)
         if _is_traced(module):
             return original_forward(module)(*args, **kwargs)
-        if transforms.is_active():
+        if levels.is_active():
             return self._run_transformed(module, args, kwargs)
         found, call = self.captures.find(module, args, kwargs)
+        self.failure = found if isinstance(found, CaptureError) else None
         if isinstance(found, CaptureError):
             return self._run_eagerly(module, args, kwargs, found)
         if found is None:
@@ -68,7 +76,7 @@ class Unit:
         self.latest = found
         with contextlib.suppress(Misfit):
             return found(_required(call))
-        return self(module, args, kwargs)  # captured anew
+        return Unit.__call__(self, module, args, kwargs)  # captured anew
 
     def prepare(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Captures the call without running it."""
@@ -77,15 +85,25 @@ class Unit:
                 "rewrite(..., example_inputs=...): the model is in evaluation mode, where the "
                 "original forward runs. Call model.train() first"
             )
-        with torch.enable_grad():
-            found, _ = self.captures.find(module, args, kwargs)
+        found = self.found(module, args, kwargs)
         if isinstance(found, Captured):
             self.latest = found
 
+    def found(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Captured | CaptureError | None:
+        """What is captured for a call, see `Captures.find`."""
+        with torch.enable_grad():
+            return self.captures.find(module, args, kwargs)[0]
+
+    @property
+    def called(self) -> bool:
+        """Whether the module was ever called in training."""
+        return self.captures.tried
+
     def require(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raises the `CaptureError` for which a call runs eagerly, no part of it captured."""
-        with torch.enable_grad():
-            found, _ = self.captures.find(module, args, kwargs)
+        found = self.found(module, args, kwargs)
         if isinstance(found, CaptureError) and not self._saving_parts():
             raise found
 
@@ -99,14 +117,6 @@ class Unit:
 
     def __deepcopy__(self, _: Any) -> Unit:
         return self  # until `for_module` sees that its module is a copy
-
-    def _run_within(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Runs the forward while something around it is captured."""
-        recorder = current_recorder()
-        if recorder is None or not self.options.nests:
-            return original_forward(module)(*args, **kwargs)
-        checkpoint = Nested(self.options.decide)
-        return recorder.run_within(checkpoint, lambda: original_forward(module)(*args, **kwargs))
 
     def _run_transformed(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Runs the forward under transforms of `torch.func`."""
@@ -125,7 +135,7 @@ class Unit:
 
     def _run_eagerly(self, module: nn.Module, args: Any, kwargs: Any, failure: CaptureError) -> Any:
         """Runs the original forward, with the parts of the module captured where possible."""
-        self._may_pass = failure.may_pass
+        self.failure, self._may_pass = failure, failure.may_pass
         first = not self._told and self.is_new(failure)
         with self.parts_in_place(module):
             result = original_forward(module)(*args, **kwargs)  # its own errors come first
@@ -133,33 +143,23 @@ class Unit:
             _warn(f"{type(module).__name__} {_how_it_runs(self._saving_parts())}", failure)
         return result
 
+    def captured(self) -> list[tuple[str, Captured]]:
+        """What ran in the latest call, and where: the module as a whole, or its parts."""
+        if self.failure is None:
+            return [] if self.latest is None else [("", self.latest)]
+        runners = self.parts.runners() if self.parts is not None else []
+        return [(path, part.latest) for path, part in runners if part.latest is not None]
+
     def _saving_parts(self) -> list[str]:
-        runners = self._parts.runners() if self._parts is not None else []
+        runners = self.parts.runners() if self.parts is not None else []
         return [path for path, part in runners if part.latest is not None]
 
-    @contextlib.contextmanager
-    def parts_in_place(self, module: nn.Module) -> Any:
+    def parts_in_place(self, module: nn.Module) -> contextlib.AbstractContextManager[None]:
         """While active, the parts run what was captured of them."""
-        if self._parts is None or self._generation != self.captures.generation:
-            self._parts = Parts(module, lambda m, position: Part(m, position, self))
+        if self.parts is None or self._generation != self.captures.generation:
+            self.parts = Parts(module, submodules(module), lambda m, at: Part(m, at, self))
             self._generation = self.captures.generation
-        self.runs += 1
-        self._sharing = None
-        with self._parts.in_place():
-            yield
-
-    def parts_run(self) -> bool:
-        """See `Parts.active`."""
-        return self._parts is not None and self._parts.active()
-
-    def shares(self, path: str) -> bool:
-        """Whether the rest of the model uses parameters of a part, in this run."""
-        if self._sharing is None:
-            module, parts = self._owner(), self._parts
-            assert module is not None, "it is running"
-            assert parts is not None, "they are running"
-            self._sharing = parts.sharing(module)
-        return path in self._sharing
+        return self.parts.in_place()
 
     def is_new(self, failure: CaptureError) -> bool:
         """Whether nothing failed at this line before, or for this reason if it has no line."""
@@ -169,6 +169,15 @@ class Unit:
         known = cause in self._told
         self._told.add(cause)
         return not known
+
+
+def run_within(options: Options, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """Runs the forward of a rewritten module while something around it is captured."""
+    recorder = current_recorder()
+    if recorder is None or not options.nests:
+        return original_forward(module)(*args, **kwargs)
+    checkpoint = Nested(options.decide)
+    return recorder.run_within(checkpoint, lambda: original_forward(module)(*args, **kwargs))
 
 
 class Part:
@@ -183,7 +192,7 @@ class Part:
     passing = True  # on the module while the whole runs
 
     def __init__(self, module: nn.Module, position: Position, whole: Unit) -> None:
-        self._path, self._is_called_again, self._latest_run = position.path, False, 0
+        self._cast = CastOnce(position.path, waits=True)
         self._captures = Captures(module, whole.options, position)
         self.latest: Captured | None = None  # set if it saves memory
         self._owner, self._whole = weakref.ref(module), weakref.ref(whole)
@@ -191,18 +200,19 @@ class Part:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs the forward: the captured one if that saves memory."""
         whole = self._whole()
-        if whole is None or not (whole.parts_run() and torch.is_grad_enabled()):
+        parts = whole.parts if whole is not None else None
+        if whole is None or parts is None or not (parts.active() and torch.is_grad_enabled()):
             return original_forward(module)(*args, **kwargs)
-        if _is_traced(module) or transforms.is_active():
+        if _is_traced(module) or levels.is_active():
             return original_forward(module)(*args, **kwargs)
-        if self._owner() is not module or self._is_cast_once(whole):
+        if self._owner() is not module or self._cast.may_be(parts):
             return original_forward(module)(*args, **kwargs)
         found, call = self._captures.find(module, args, kwargs)
         if isinstance(found, Captured) and found.saves_memory:
             self.latest = found
             with contextlib.suppress(Misfit):
                 return found(_required(call))
-            self._latest_run = 0
+            self._cast.take_back()
             return self(module, args, kwargs)  # captured anew
         failure = found if isinstance(found, CaptureError) and not found.may_pass else None
         new = failure is not None and whole.is_new(failure)
@@ -210,19 +220,6 @@ class Part:
         if failure is not None and new:
             _warn(f"{type(module).__name__} runs eagerly", failure)
         return result
-
-    def _is_cast_once(self, whole: Unit) -> bool:
-        """Whether eager may cast a weight once, by autocast, for several uses of it.
-
-        Then it sums the gradients of these uses before it casts them back. In the first run it is
-        not known yet whether a part is called several times.
-        """
-        state = autocast_state()
-        if not state or ("cache", False) in state:
-            return False
-        self._is_called_again |= self._latest_run == whole.runs
-        self._latest_run = whole.runs
-        return self._is_called_again or whole.runs == 1 or whole.shares(self._path)
 
     def for_module(self, _: nn.Module) -> Part:
         """This part, which runs the original forward of other modules."""
@@ -259,8 +256,7 @@ def _is_traced(module: nn.Module) -> bool:
         or torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or torch.fx._symbolic_trace._is_fx_tracing_flag
-        or (transforms.is_active() and not transforms.are_known())
-        or (torch.autograd.forward_ad._current_level >= 0 and not transforms.is_active())
+        or (levels.is_active() and not levels.are_known())
         or _has_function_mode()
         or torch.nn.utils.parametrize._cache_enabled > 0
         or getattr(module, "_is_replica", False)

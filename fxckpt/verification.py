@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from fxckpt import ops, tree
 from fxckpt.errors import FxckptError, MismatchError
 from fxckpt.installation import original_forward, runner_of
 from fxckpt.module import is_rewritten, rewrite
+from fxckpt.steps import backward, devices, undone
 
 
 def verify(model: nn.Module, *args: Any, policy: Any = None, **kwargs: Any) -> None:
@@ -67,7 +67,7 @@ Observation = list[tuple[str, torch.Tensor | None]]
 
 def _observe(model: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Observation:
     """Everything that one step of `forward` leaves behind; the model is as before."""
-    with _undone(model):
+    with undone(model):
         inputs, spec = tree.flatten((args, kwargs), open_objects=True)
         fresh = [t.detach().clone().requires_grad_(t.requires_grad) for t in inputs]
         call_args, call_kwargs = tree.unflatten(spec, fresh)
@@ -77,51 +77,17 @@ def _observe(model: nn.Module, forward: Callable[..., Any], args: Any, kwargs: A
             (f"result{name}", t.detach().clone())
             for name, t in zip(tree.names(result_spec), results, strict=True)
         ]
-        _backward(results)
+        backward(results)
         found += [(f"buffer {name}", b.clone()) for name, b in model.named_buffers()]
         found += [(f"input {i} after the call", t.detach()) for i, t in enumerate(fresh)]
         found += [(f"gradient of {name}", _grad(p)) for name, p in model.named_parameters()]
         found += [(f"gradient of input {i}", _grad(t)) for i, t in enumerate(fresh)]
-        found += [(f"random state of {d}", ops.generator(d).get_state()) for d in _devices(model)]
+        found += [(f"random state of {d}", ops.generator(d).get_state()) for d in devices(model)]
         return found
-
-
-def _backward(results: list[torch.Tensor]) -> None:
-    """A backward like that of a loss: of the scalars in the result, else of everything."""
-    unique = list({id(t): t for t in results if t.requires_grad}.values())
-    scalars = [t for t in unique if t.dim() == 0]
-    chosen = scalars or unique
-    if chosen:
-        torch.autograd.backward(chosen, [torch.ones_like(t) for t in chosen])
 
 
 def _grad(tensor: torch.Tensor) -> torch.Tensor | None:
     return None if tensor.grad is None else tensor.grad.clone()
-
-
-def _devices(model: nn.Module) -> list[torch.device]:
-    found = {t.device for t in (*model.parameters(), *model.buffers())}
-    return sorted(found | {torch.device("cpu")}, key=str)
-
-
-@contextlib.contextmanager
-def _undone(model: nn.Module) -> Iterator[None]:
-    """Restores gradients, buffers and random states afterwards."""
-    grads = [(p, p.grad) for p in model.parameters()]
-    buffers = [(b, b.clone()) for b in model.buffers()]
-    states = [(ops.generator(d), ops.generator(d).get_state()) for d in _devices(model)]
-    for p, _ in grads:
-        p.grad = None
-    try:
-        yield
-    finally:
-        for p, grad in grads:
-            p.grad = grad
-        with torch.no_grad():
-            for b, contents in buffers:
-                b.copy_(contents)
-        for generator, state in states:
-            generator.set_state(state)
 
 
 def _compare(

@@ -9,8 +9,10 @@ and hooks. Values count as follows:
     numbers, strings, ...       by type and value
     parameters, buffers and     by geometry (dtype, shape, strides, device, requires_grad): the
     tensors in attributes       graph takes whatever tensor is there at the call
-    lists, dictionaries, sets,  by identity and contents; what they contain is watched in turn, a
-    objects, functions          few levels deep: attributes, closures, keywords of `partial`
+    lists, dictionaries, sets   by contents, and by which of them are one object; by identity too
+                                if they hold tensors, which captured graphs take from there
+    objects, functions          by identity and contents; what they contain is watched in turn, a
+                                few levels deep: attributes, closures, keywords of `partial`
     arrays                      by contents
     anything else               by identity
     globals                     that methods of the modules, and what these call, may read: likewise
@@ -34,7 +36,17 @@ from torch import nn
 from torch.nn.modules import module as nn_module
 
 from fxckpt import tree
-from fxckpt.contents import MISSING, Inside, Read, globals_of, is_fixed, is_leaf, is_plain, reader
+from fxckpt.contents import (
+    MISSING,
+    Inside,
+    Read,
+    globals_of,
+    is_fixed,
+    is_leaf,
+    is_plain,
+    reader,
+)
+from fxckpt.description import Description
 from fxckpt.errors import CaptureError
 from fxckpt.installation import is_runner, original_class
 from fxckpt.reads import EVERYTHING, Reads
@@ -112,6 +124,40 @@ class Watch:
             self._class_attributes = self._found_in_classes()
             self._structure = self._structure_now()
 
+    def described(self) -> tuple[Hashable, list[Any]]:
+        """The state, without reference to which modules these are, and objects that it names.
+
+        Modules whose descriptions are equal look the same to a forward that reads what is watched.
+        The description is valid while the objects exist that it names by their `id`.
+        """
+        self.state()
+        modules = self._modules()
+        numbers = {id(m): ("module", i) for i, m in enumerate(modules)}
+        for i, contents in enumerate(self._contents):
+            numbers.setdefault(contents.place, ("contents", i))
+        described = Description(numbers)
+        kinds = tuple(
+            (original_class(type(m)), tuple(m._modules), described.of(tuple(m._modules.values())))
+            for m in modules
+        )
+        hooks = tuple(
+            (i, kind, described.of(tuple(m.__dict__[kind].values())))
+            for i, m in enumerate(modules)
+            for kind in HOOKS
+            if i and m.__dict__[kind]  # those of the root run around it
+        )
+        classes = tuple(described.of(vars(cls).get(n)) for cls, n in self._class_attributes)
+        held = tuple(c.described(described) for c in self._contents)
+        first: dict[int, int] = {}
+        ties = tuple(first.setdefault(id(t), i) for i, t in enumerate(self._tensors))
+        key = kinds, hooks, classes, held, tuple(self._geometry), ties
+        return key, described.named
+
+    def reads(self) -> list[tuple[int, str]]:
+        """What is watched besides members: positions of modules, and names of attributes."""
+        positions = {id(m): i for i, m in enumerate(self._modules())}
+        return sorted((positions[m], name) for m, name in self._reads if m in positions)
+
     def _modules(self) -> list[nn.Module]:
         root = self._root()
         assert root is not None, "a module that is called exists"
@@ -150,7 +196,8 @@ class Watch:
         self._geometry = [*map(_geometry, self._tensors)]
         first: dict[int, int] = {}
         ties = tuple(first.setdefault(id(t), i) for i, t in enumerate(self._tensors))
-        key = tuple(c.key for c in self._contents), tuple(self._geometry), ties
+        numbers = {c.place: i for i, c in enumerate(self._contents) if c.is_data()}
+        key = tuple(c.key(numbers) for c in self._contents), tuple(self._geometry), ties
         if key not in self._numbers:
             self._count += 1
             # The owners are kept, so that no other object gets an id that is part of a key.
@@ -321,9 +368,34 @@ class _Contents:
         """The tensors in it."""
         return [v for v in self.before if isinstance(v, torch.Tensor)]
 
+    def described(self, description: Description) -> Hashable:
+        """What it holds, see `Watch.described`."""
+        return tuple(
+            (
+                name if isinstance(name, (str, int)) else description.by_identity(name),
+                None if (self.place, name) in self._slots else description.of(value),
+            )
+            for name, value in zip(self.names, self.before, strict=True)
+        )
+
+    def is_data(self) -> bool:
+        """Whether another object with the same contents serves as well."""
+        return type(self.owner) in (list, dict, set) and not self.tensors()
+
+    def key(self, numbers: dict[int, int]) -> Hashable:
+        """What is compared with states seen before.
+
+        Args:
+            numbers: By `id`, the containers for which another one serves as well.
+        """
+        return tuple(
+            (name, "like", numbers[value]) if value in numbers else (name, value)
+            for name, value in self._parts
+        )
+
     def _take(self, names: Sequence[Any], values: Sequence[Any]) -> None:
         self.names, self.before = names, values
-        self.key: Hashable = tuple(map(self._key, names, values))
+        self._parts = [*map(self._part, names, values)]
 
     def _arrangement(self) -> list[Any]:
         pairs = zip(self.names, self.before, strict=True)
@@ -333,11 +405,12 @@ class _Contents:
             if isinstance(v, torch.Tensor) or not is_leaf(v)
         ]
 
-    def _key(self, name: Any, value: Any) -> Hashable:
+    def _part(self, name: Any, value: Any) -> tuple[Hashable, Hashable]:
         name = name if isinstance(name, (str, int)) else id(name)
         if isinstance(value, torch.Tensor):
             return name, None if (self.place, name) in self._slots else id(value)
-        return name, tree.static_key(value) if is_plain(value) else id(value)
+        by_value = is_plain(value) or (type(value) is tuple and all(map(is_plain, value)))
+        return name, tree.static_key(value) if by_value else id(value)
 
 
 class _Attributes(_Contents):

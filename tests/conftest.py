@@ -37,3 +37,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Lists and counts what ran eagerly, as tests say it of themselves."""
+    reports = terminalreporter.getreports("passed")
+    found = [text for r in reports for key, text in r.user_properties if key == "runs eagerly"]
+    if found:
+        terminalreporter.section(f"{len(found)} operations run eagerly")
+        terminalreporter.write_line("\n".join(sorted(found)))

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.utils import ModelOutput
 
 import fxckpt
+from fxckpt.blocks import Blocks, Undecided
 from fxckpt.captures import Options
 from fxckpt.installation import install, plain
 from fxckpt.joint import Joint
@@ -249,7 +250,11 @@ def build_step(case: Any) -> Callable[[nn.Module, int], Any]:
 
 def captures(model: nn.Module) -> list[Any]:
     """Everything that was captured for a rewritten module."""
-    kept = model.__dict__["_fxckpt_unit"].captures._known.values()
+    runner = model.__dict__["_fxckpt_unit"]
+    if isinstance(runner, Undecided):
+        return []
+    units = [u for _, u in runner.parts.runners()] if isinstance(runner, Blocks) else [runner]
+    kept = [several for unit in units for several in unit.captures._known.values()]
     return [captured for several in kept if isinstance(several, list) for captured in several]
 
 

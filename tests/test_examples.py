@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from training import forget_accelerator
 
 import fxckpt
 from fxckpt.joint import MAX_CONTRIBUTIONS
@@ -107,6 +108,63 @@ def test_memory_grows_like_the_square_root(run) -> None:
         grown_ours = getattr(ours[1], what) / getattr(ours[0], what)
         assert grown_eager > 0.8 * growth
         assert grown_ours < 1.2 * growth**0.5
+
+
+def test_the_library_from_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    found = importlib.import_module("from_scratch").main()
+    assert all(equal for _, equal in found.values())
+    assert found["all"][0] == 1 > found["dots"][0]
+    assert found["70%"][0] <= 0.7
+
+
+def test_every_page_is_in_the_navigation_and_its_code_is_tested() -> None:
+    """Blocks of Python are doctests, or include a file that is run by a test."""
+    listed = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    for path in (ROOT / "docs").rglob("*.md"):
+        assert f"{path.relative_to(ROOT / 'docs')}\n" in listed
+        blocks = re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
+        for block in blocks:
+            assert block.startswith((">>> ", "--8<--")), f"{path}: {block}"
+
+
+def test_trainer(run) -> None:
+    without, with_, equal = run("trainer", 4)
+    assert len(without) == 4 + 2  # and as many evaluations
+    assert without == with_
+    assert equal
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it
+def test_lora(run) -> None:
+    without, with_, equal = run("lora")
+    assert equal
+    assert with_.peak < without.peak / 2
+    assert with_.saved < without.saved / 4
+
+
+def test_lightning_fit(run) -> None:
+    without, with_ = run("lightning_fit")
+    assert len(without) == 8
+    assert without == with_
+
+
+def test_accelerate_loop(run) -> None:
+    forget_accelerator()
+    without, with_, equal = run("accelerate_loop")
+    forget_accelerator()
+    assert len(without) == 4
+    assert without == with_
+    assert equal
+
+
+@pytest.mark.slow
+def test_two_processes(run) -> None:
+    found = run("two_processes")
+    assert len(found) == 2
+    for without, with_ in found:
+        assert len(without) == 4
+        assert without == with_
 
 
 # --- docs/limits.md -----------------------------------------------------------------------------

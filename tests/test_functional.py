@@ -3,7 +3,10 @@
 import functools
 import inspect
 import math
+import re
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +16,7 @@ from torch import Tensor, nn
 
 import fxckpt
 from fxckpt import FallbackWarning, PolicyError, checkpoint, policies, saved_values
+from fxckpt.functional import module_of
 
 WIDTH = 6
 
@@ -101,6 +105,44 @@ def test_recomputes() -> None:
     assert counter["sin"] == counter["exp"] == 2
 
 
+PROGRAM = """
+import torch
+from fxckpt import checkpoint
+
+@checkpoint
+def plain(x: torch.Tensor, k: int = 1) -> torch.Tensor: return x
+
+@checkpoint(policy="dots", decompose=True)
+def with_options(x: torch.Tensor, *, k: str) -> list[torch.Tensor]: return [x]
+
+reveal_type(plain)
+reveal_type(with_options)
+reveal_type(checkpoint(plain, budget="1GiB"))
+checkpoint(plain, budget=[])
+checkpoint(plain, polcy="dots")
+plain("x")
+"""
+
+
+@pytest.mark.slow
+def test_types(tmp_path: Path) -> None:
+    api = pytest.importorskip("mypy.api")
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    root = Path(__file__).parents[1]
+    options = [f"--config-file={root / 'pyproject.toml'}", f"--cache-dir={root / '.mypy_cache'}"]
+    lines = api.run([*options, str(program)])[0].replace("builtins.", "").splitlines()
+    revealed = [line.split("Revealed type is ")[1] for line in lines if "Revealed" in line]
+    assert revealed == [
+        '"def (x: torch._tensor.Tensor, k: int =) -> torch._tensor.Tensor"',
+        '"def (x: torch._tensor.Tensor, *, k: str) -> list[torch._tensor.Tensor]"',
+        '"def (x: torch._tensor.Tensor, k: int =) -> torch._tensor.Tensor"',
+    ]
+    wrong = {int(match[1]) for line in lines if (match := re.search(r":(\d+): error:", line))}
+    expected = PROGRAM.splitlines()[-3:]
+    assert [PROGRAM.splitlines()[number - 1] for number in sorted(wrong)] == expected
+
+
 # --- what functions read from around them ---------------------------------------------------------
 
 
@@ -161,6 +203,27 @@ def test_global_modules_and_methods() -> None:
     assert_same_step(holder.run, checkpoint(holder.run, strict=True), wide(), 2, wanted=wanted)
     partial = functools.partial(holder.run, power=3)
     assert_same_step(partial, checkpoint(partial, strict=True), wide(), wanted=wanted)
+
+
+def test_data_is_not_searched_for_modules_at_each_call() -> None:
+    class Data(list):
+        reads = 0
+
+        def __getitem__(self, index: Any) -> Any:
+            Data.reads += 1
+            return super().__getitem__(index)
+
+        def __iter__(self) -> Any:
+            for item in super().__iter__():
+                Data.reads += 1
+                yield item
+
+    holder = SimpleNamespace(data=Data([1.0] * 5000), layer=nn.Linear(WIDTH, WIDTH))
+    called = module_of(checkpoint(lambda x: holder.layer(x)))
+    Data.reads = 0
+    called.find_modules()
+    assert Data.reads <= 1
+    assert "holder_layer" in dict(called.named_modules())
 
 
 def test_module_as_function() -> None:

@@ -2,10 +2,11 @@
 
 Each gives the values, gradients and per-sample gradients that it gives without checkpoint. Those in
 `FALL_BACK` run as they are, with a warning; those for which torch itself has no gradient, or no
-rule for batches, are skipped with torch's message (`pytest -rs` lists and counts them).
+rule for batches, are skipped with torch's message. The summary of the run lists and counts both.
 """
 
 import itertools
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.func import grad, vjp, vmap
+from torch.func import grad, jvp, vjp, vmap
 from torch.testing._internal import common_methods_invocations as db
 from torch.utils import _pytree as pytree
 
@@ -85,6 +86,23 @@ def per_sample(function: Callable[..., Tensor], values: list[Tensor]) -> Any:
     return vmap(grad(function, arguments), randomness="same")(*batch)
 
 
+def second_derivatives(function: Callable[..., Tensor], values: list[Tensor]) -> Any:
+    arguments = tuple(range(len(values)))
+
+    def total(*values: Tensor) -> Tensor:
+        grads = grad(function, arguments)(*values)
+        return sum((g.abs() if g.is_complex() else g.sin()).sum() for g in grads)
+
+    torch.manual_seed(0)
+    return grad(total, arguments)(*values)
+
+
+def forward_over_reverse(function: Callable[..., Tensor], values: list[Tensor]) -> Any:
+    torch.manual_seed(0)
+    primals, directions = tuple(values), tuple(value.cos() for value in values)
+    return jvp(grad(function, tuple(range(len(values)))), primals, directions)
+
+
 def assert_alike(expected: Any, found: Any) -> None:
     pairs = zip(pytree.tree_leaves(expected), pytree.tree_leaves(found), strict=True)
     for a, b in pairs:
@@ -92,7 +110,11 @@ def assert_alike(expected: Any, found: Any) -> None:
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_operation(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_operation(
+    name: str, monkeypatch: pytest.MonkeyPatch, record_property: Callable[[str, str], None]
+) -> None:
+    if name in FALL_BACK:
+        record_property("runs eagerly", f"{name}: {FALL_BACK[name]}")
     # The samples' own wrapper sets the seed around each call, which no model does.
     monkeypatch.setattr(db, "wrapper_set_seed", lambda op, *args, **kwargs: op(*args, **kwargs))
     op = OPS[name]
@@ -116,6 +138,66 @@ def test_operation(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
             fell_back += [str(w.message) for w in seen if w.category is FallbackWarning]
             assert_alike(expected, found)
     assert bool(fell_back) == (name in FALL_BACK), fell_back
+
+
+# Those whose backward is another one while it is recorded, or is a constant.
+OF_ANOTHER_BACKWARD = [
+    *("linalg_solve", "linalg_slogdet", "linalg_inv", "logdet", "logit", "sgn", "quantile"),
+    *("nn_functional_silu", "nn_functional_mish", "nn_functional_group_norm", "clone", "norm"),
+]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in OF_ANOTHER_BACKWARD else [pytest.mark.slow])
+        for name in OPS
+        if name not in FALL_BACK
+    ],
+)
+@pytest.mark.parametrize("run", [second_derivatives, forward_over_reverse])
+def test_second_derivatives(run: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or torch's own error; some that torch has with an `autograd.Function` do not come."""
+    monkeypatch.setattr(db, "wrapper_set_seed", lambda op, *args, **kwargs: op(*args, **kwargs))
+    sample = next(iter(OPS[name].sample_inputs("cpu", torch.float64, requires_grad=True)))
+    function, values = call(OPS[name], sample)
+    try:
+        expected = run(function, values)
+    except Exception as error:
+        if "autograd.Function" not in str(error):
+            with pytest.raises(type(error), match=re.escape(str(error).splitlines()[0])):
+                run(checkpoint(function), values)
+        pytest.skip(f"{run.__name__} without checkpoint: {str(error).splitlines()[0]}")
+    assert_alike(expected, run(checkpoint(function), values))
+
+
+LACKING_RULES = {
+    "nn_functional_grid_sample": [forward_over_reverse],
+    "nn_functional_hardsigmoid": [second_derivatives, forward_over_reverse],
+    "nn_functional_huber_loss": [forward_over_reverse],
+    "nn_functional_multi_margin_loss": [second_derivatives, forward_over_reverse],
+    "nn_functional_multilabel_margin_loss": [second_derivatives, forward_over_reverse],
+    "nn_functional_soft_margin_loss": [forward_over_reverse],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "run"), [(name, run) for name, runs in LACKING_RULES.items() for run in runs]
+)
+def test_decomposed(name: str, run: Any) -> None:
+    """What torch has no rule for is differentiated by way of its decomposition, if asked for."""
+    for sample in itertools.islice(
+        OPS[name].sample_inputs("cpu", torch.float64, requires_grad=True), SAMPLES
+    ):
+        function, values = call(OPS[name], sample)
+        with pytest.raises((RuntimeError, NotImplementedError), match=r"forward AD|derivative"):
+            run(checkpoint(function, strict=True), values)
+        lean = checkpoint(function, strict=True, decompose=True)
+        assert_alike(gradients(function, values), gradients(lean, values))
+        run(lean, values)
+        leaves = [value.clone().requires_grad_() for value in values]
+        assert torch.autograd.gradgradcheck(lean, leaves)
+        assert torch.autograd.gradcheck(lean, leaves, check_forward_ad=True)
 
 
 def test_what_falls_back_is_known() -> None:

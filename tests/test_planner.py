@@ -240,3 +240,9 @@ def test_llama_of_seven_billion_parameters() -> None:
         plan = fxckpt.plan(model.train(), tokens, budget=0.7, device="h200")
     assert plan.peak <= 0.7 * plan.eager_peak
     assert 0 < plan.overhead < 0.2
+
+
+def test_views_with_several_results() -> None:
+    """The cell splits a product into its gates."""
+    model, x = nn.LSTMCell(4, 4), torch.ones(3, 4)
+    assert fxckpt.plan(model, x, budget=1.0, device="v100").peak > 0

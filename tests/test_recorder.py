@@ -51,8 +51,20 @@ class Masked(nn.Module):
         return self.linear(x)[:, mask].exp()
 
 
+class Profiled(nn.Module):
+    """Names a range of time for the profiler."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.profiler.record_function("a range"):
+            return self.linear(x).exp()
+
+
 @pytest.mark.parametrize("policy", ["nothing", "dots", "everything"])
-@pytest.mark.parametrize("kind", [Pooled, Reshaped, Masked])
+@pytest.mark.parametrize("kind", [Pooled, Reshaped, Masked, Profiled])
 def test_is_captured_exactly(kind: type[nn.Module], policy: str) -> None:
     fxckpt.verify(kind(), torch.randn(2, 5, 4), policy=policy)
 

@@ -69,6 +69,70 @@ def test_nothing_changed_is_noticed_too() -> None:
     assert len(captures(rewritten)) == 1
 
 
+SWAPS: dict[str, Callable[[Configured], object]] = {
+    "list and dictionary": lambda m: setattr(m, "scales", copy.deepcopy(m.scales)),
+    "set": lambda m: setattr(m, "seen", {*m.seen}),
+    "tuple": lambda m: setattr(m, "factors", (*m.factors,)),
+    "list in an object": lambda m: setattr(m.config, "names", [*m.config.names]),
+}
+
+
+@pytest.mark.parametrize("swap", SWAPS)
+def test_equal_data_in_place_of_another_is_the_same(swap: str) -> None:
+    class Model(Configured):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * len(self.config.names) * self.factors[0]
+
+    model = Model()
+    model.config.names, model.factors = ["a"], (2.0,)  # as transformers saves a configuration
+    rewritten = fxckpt.rewrite_(copy.deepcopy(model), "nothing", strict=True)
+    x = torch.randn(3, 4)
+    for _ in range(3):
+        assert torch.equal(rewritten(x), model(x))
+        SWAPS[swap](rewritten)
+    assert len(captures(rewritten)) == 1
+
+
+def test_data_that_is_held_twice_is_not_the_same_as_equal_data() -> None:
+    class Compares(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.exp() if self.a is self.b else x.sin() if self.b is self.c else x
+
+    model, x = (
+        fxckpt.rewrite_(Compares(), "nothing", strict=True),
+        torch.randn(3, requires_grad=True),
+    )
+    one, other = [1], [1]
+    ties = [(one, one, other), (other, one, one), (one, other, [1]), (other, [1], one)]
+    for a, b, c in ties:
+        model.a, model.b, model.c = a, b, c
+        assert torch.equal(model(x), nn.Module.__call__(fxckpt.restore_(copy.copy(model)), x))
+    assert len(captures(model)) == 3
+
+
+def test_list_of_tensors_in_place_of_another_is_noticed() -> None:
+    class Listed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.exp() * self.tensors[0]
+
+    model, x = fxckpt.rewrite_(Listed(), "nothing", strict=True), torch.ones(3, requires_grad=True)
+    for factor in (2.0, 3.0):
+        model.tensors = [torch.full((3,), factor)]
+        assert torch.equal(model(x), x.exp() * factor)
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_attributes_that_forward_does_not_read_may_change(inner: bool) -> None:
+    model = Configured()
+    if inner:
+        fxckpt.rewrite_(model.linear, "nothing", strict=True)
+    fxckpt.rewrite_(model, "nothing", strict=True)
+    for step in range(3):
+        model.step = model.linear.step = step  # as a training library may count
+        model(torch.randn(3, 4)).sum().backward()
+    assert len(captures(model)) == 1
+
+
 def test_hook_in_another_dictionary_of_hooks_is_noticed() -> None:
     model = fxckpt.rewrite_(Configured(), "nothing")
     x = torch.randn(3, 4)

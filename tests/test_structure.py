@@ -27,6 +27,7 @@ LAYERS = (
     "contents",
     "objects",
     "tree",
+    "description",
     "modes",
     "reads",
     "state",
@@ -34,6 +35,7 @@ LAYERS = (
     "arguments",
     "escapes",
     "invisible",
+    "levels",
     "places",
     "joint",
     "values",
@@ -44,6 +46,12 @@ LAYERS = (
     "keeping",
     "capture",
     "quantities",
+    "account",
+    "collapse",
+    "render",
+    "markup",
+    "page",
+    "plotting",
     "rates",
     "cost",
     "regions",
@@ -65,24 +73,41 @@ LAYERS = (
     "exact",
     "search",
     "plans",
+    "frontiers",
     "planner",
     "codegen",
     "split",
     "first_run",
+    "derivatives",
+    "decompositions",
+    "pure",
     "transforms",
     "runtime",
     "signature",
     "watch",
+    "kin",
     "captures",
     "parts",
     "unit",
+    "blocks",
     "module",
     "planning",
+    "steps",
     "verification",
     "functional",
     "saved",
+    "accounting",
     "report",
+    "explaining",
+    "targets",
+    "options",
+    "cli",
+    "__main__",
     "__init__",
+    "integrations.__init__",
+    "integrations.rewriting",
+    "integrations.transformers",
+    "integrations.lightning",
 )
 
 PACKAGE = "fxckpt"
@@ -114,10 +139,11 @@ def imported(statement: ImportStatement, modules: Iterable[str]) -> Iterator[str
         base = resolve_name("." * statement.level + (statement.module or ""), PACKAGE)
         names = [f"{base}.{alias.name}" for alias in statement.names]
     for name in names:
-        package, _, rest = name.partition(".")
+        package, *rest = name.split(".")
         if package == PACKAGE:
-            module = rest.split(".")[0]
-            yield module if module in modules else "__init__"
+            paths = [".".join(rest[:end]) for end in range(len(rest), 0, -1)]
+            known = (m for path in paths for m in (path, f"{path}.__init__") if m in modules)
+            yield next(known, "__init__")
 
 
 def statements(tree: ast.AST) -> Iterator[ImportStatement]:

@@ -1,6 +1,7 @@
 """Checkpointed functions and rewritten modules under the transforms of `torch.func`."""
 
 import itertools
+import sys
 import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -25,12 +26,13 @@ from torch.func import (
     vjp,
     vmap,
 )
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 import fxckpt
 from bench.measure import peak_and_saved
 from bench.models import build
-from fxckpt import FallbackWarning, checkpoint, policies
+from fxckpt import FallbackWarning, checkpoint, decompositions, policies
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:There is a performance drop"),
@@ -113,6 +115,8 @@ TRANSFORMS: dict[str, Callable[[Function], Any]] = {
     "jvp(grad)": lambda f: jvp(grad(f), (X,), (X + 1,)),
     "vjp(grad)": lambda f: vjp(grad(f), X)[1](X),
     "grad(vmap(grad))": lambda f: grad(lambda x: vmap(grad(f))(x).square().sum())(BATCH),
+    "grad(jvp(jvp))": lambda f: grad(OUTER["jvp"](OUTER["jvp"](f)))(X),
+    "jvp(grad(jvp))": lambda f: jvp(grad(OUTER["jvp"](f)), (X,), (X + 1,)),
     "functionalize(grad)": lambda f: functionalize(grad(f))(X),
     "autograd.functional": lambda f: torch.autograd.functional.hessian(f, X),
 }
@@ -329,6 +333,45 @@ def test_dropout_draws_as_without_checkpoint(randomness: str) -> None:
     assert all(map(torch.equal, expected, found))
 
 
+@pytest.mark.parametrize("policy", ["nothing", "dots", "everything"])
+@pytest.mark.parametrize("transform", ["jvp(grad)", "hessian", "jacrev(jacrev)", "of an output"])
+def test_dropout_is_differentiated_as_it_was_drawn(transform: str, policy: str) -> None:
+    def f(x: Tensor) -> tuple[Tensor, Tensor]:
+        y = F.dropout(WEIGHT @ x, 0.5).tanh()
+        return (y * F.dropout(x.sin(), 0.2)).sum(), (F.dropout(x, 0.3) * y).sin().sum()
+
+    def run(function: Function) -> Any:
+        torch.manual_seed(3)
+        if transform == "of an output":  # not of the one that the joint graph is made for
+            return grad(lambda x: function(x)[1])(X), torch.get_rng_state()
+        if transform == "hessian":
+            return jacfwd(jacrev(lambda x: sum(function(x))), randomness="same")(X)
+        return TRANSFORMS[transform](lambda x: sum(function(x))), torch.get_rng_state()
+
+    assert_close(run(f), run(checkpoint(f, policy=policy, strict=True)))
+
+
+def test_dropout_in_one_operation() -> None:
+    """As on CUDA."""
+
+    def f(x: Tensor) -> Tensor:
+        y, _ = torch.native_dropout(WEIGHT @ x.sin(), 0.5, True)
+        return y.sin().sum()
+
+    def run(function: Function, transform: str) -> Any:
+        torch.manual_seed(3)
+        return TRANSFORMS[transform](function), torch.get_rng_state()
+
+    for transform in ("grad", "jvp(grad)", "jacrev(jacrev)"):
+        assert_close(run(f, transform), run(checkpoint(f, strict=True), transform))
+
+
+def test_what_draws_and_computes_in_one_is_left_to_torch() -> None:
+    lean = checkpoint(lambda x: F.rrelu(x.sin(), training=True).sum())
+    with pytest.warns(FallbackWarning, match="draws random numbers and computes"):
+        grad(lean)(X)
+
+
 def test_randomness_that_vmap_forbids() -> None:
     lean = checkpoint(lambda x: F.dropout(x, 0.5).sum())
     with pytest.raises(RuntimeError, match="called random operation while in randomness error"):
@@ -351,6 +394,72 @@ def test_operations_without_a_second_derivative_raise_as_without_checkpoint() ->
         messages.append(str(caught.value))
     assert "_scaled_dot_product_flash_attention_for_cpu_backward" in messages[0]
     assert "_scaled_dot_product_flash_attention_for_cpu_backward" in messages[1]
+
+
+def attention(x: Tensor) -> Tensor:
+    y = x.outer(x).view(1, 1, WIDTH, WIDTH)
+    return F.scaled_dot_product_attention(y, y.sin(), y.cos(), is_causal=True).sin().sum()
+
+
+def in_plain_operations(x: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.MATH):
+        return attention(x)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_fused_attention_decomposed(transform: str) -> None:
+    lean = checkpoint(attention, strict=True, decompose=True)
+    assert_close(TRANSFORMS[transform](in_plain_operations), TRANSFORMS[transform](lean))
+
+
+def test_gradients_of_first_order_are_not_those_of_the_decomposition() -> None:
+    lean = checkpoint(attention, strict=True, decompose=True)
+    assert torch.equal(grad(lean)(X), grad(attention)(X))
+
+
+def test_decomposed_without_torch_func() -> None:
+    """With `create_graph`, in forward mode, and both; numbers that were drawn stay."""
+
+    def f(x: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return lean(x).sum()
+
+    def dropped(x: Tensor) -> Tensor:
+        return F.dropout(x, 0.5) * F.hardsigmoid(F.dropout(WEIGHT @ x, 0.5).sin(), inplace=True)
+
+    for function in (attention, dropped):
+        lean = checkpoint(function, strict=True, decompose=True)
+        x = X.clone().requires_grad_()
+        seeded = f if function is dropped else lean
+        with torch.random.fork_rng():
+            assert torch.autograd.gradgradcheck(seeded, (x,), check_fwd_over_rev=True)
+            assert torch.autograd.gradcheck(seeded, (x,), check_forward_ad=True)
+
+
+def test_fused_attention_of_devices() -> None:
+    """The operations themselves cannot be called here, but what is in their places can."""
+    q, k, v = wide(0, 3, 1, 2, 4, 8).unbind()
+    bias = wide(1, 4, 4)
+    aten = torch.ops.aten
+    calls = [
+        (aten._scaled_dot_product_flash_attention, (q, k, v, 0.0, True), {}, None, True),
+        (aten._scaled_dot_product_efficient_attention, (q, k, v, bias, True), {}, bias, False),
+        (aten._scaled_dot_product_cudnn_attention, (q, k, v, None, True), {}, None, False),
+    ]
+    for op, args, kwargs, mask, causal in calls:
+        (found,) = decompositions.run(op.default, *args, **kwargs, scale=0.3)
+        with sdpa_kernel(SDPBackend.MATH):
+            expected = F.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=0.3)
+        assert_close(expected, found)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="errors have no notes")
+@pytest.mark.parametrize("transform", ["jacrev(jacrev)", "jvp(grad)"])
+def test_errors_of_torch_hint_at_decompositions(transform: str) -> None:
+    with pytest.raises((RuntimeError, NotImplementedError), match="attention") as caught:
+        TRANSFORMS[transform](checkpoint(attention, strict=True))
+    assert any("decompose=True" in note for note in caught.value.__notes__)
 
 
 def test_has_aux() -> None:
@@ -395,6 +504,18 @@ def test_less_is_held(run: Callable[[Function, Tensor], Any]) -> None:
         step = SimpleNamespace(run=lambda _, f=function: run(f, x))
         peaks.append(peak_and_saved(step, "cpu")[0])
     assert peaks[1] < 0.5 * peaks[0]
+
+
+def test_a_budget_is_that_of_the_batch() -> None:
+    """But for what transforms hold besides: here a vector for each sample, and operands."""
+    x, budget = wide(0, 4096, WIDTH), 3 * 2**20
+    peaks = []
+    for function in (deep, checkpoint(deep, budget=budget, strict=True)):
+        vmap(grad(function))(x[:4])  # for which nothing has to be recomputed
+        vmap(grad(function))(x)
+        step = SimpleNamespace(run=lambda _, f=function: vmap(grad(f))(x))
+        peaks.append(peak_and_saved(step, "cpu")[0])
+    assert peaks[1] <= budget + 4 * x.nbytes < peaks[0]
 
 
 def test_every_pair_of_transforms() -> None:

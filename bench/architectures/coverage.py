@@ -88,7 +88,7 @@ def _reasons(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         notes = [row.reason] if row.reason else []
         if row.unreproducible:
-            notes.append(f"two eager runs differ, first in {row.unreproducible[0]}")
+            notes.append(f"two eager runs differ, first in `{row.unreproducible[0]}`")
         if row.share:
             shares = (f"{share:.0%} under `{policy}`" for policy, share in row.share.items())
             notes.append(f"of what it saves when captured whole, it saves {', '.join(shares)}")

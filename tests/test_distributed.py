@@ -1,0 +1,82 @@
+"""Two processes on the CPU: bit for bit as without fxckpt, and nothing is communicated twice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import distributed
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import fxckpt
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What both processes found."""
+    return distributed.results(tmp_path_factory.mktemp("distributed"))
+
+
+def compared(results: list[dict[str, Any]], case: str, how: str) -> list[dict[str, Any]]:
+    """What was found of a rewritten model in each process, after comparing it with eager."""
+    found = []
+    for process in results:
+        eager, ours = process[f"{case}, eager"], process[f"{case}, {how}"]
+        assert "error" not in eager, eager["error"]
+        assert "error" not in ours, ours["error"]
+        assert ours.get("losses") == eager.get("losses")
+        assert ours["keys"] == eager["keys"]
+        for a, b in zip(ours["tensors"], eager["tensors"], strict=True):
+            assert torch.equal(a, b)
+        assert ours.get("count") == eager.get("count")
+        found.append(ours)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["before", "after"])
+@pytest.mark.parametrize("kind", distributed.KINDS)
+def test_data_parallel(kind: str, how: str, results: list[dict[str, Any]]) -> None:
+    for found in compared(results, f"data parallel, {kind}", how):
+        assert found["captured"] == 1
+        assert not found["warnings"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["before", "after"])
+@pytest.mark.parametrize("kind", ["plain", "kept", "bfloat16"])
+def test_each_block_sharded(kind: str, how: str, results: list[dict[str, Any]]) -> None:
+    for found in compared(results, f"sharded, {kind}", how):
+        assert found["captured"] == 3  # one for each block
+        assert not found["warnings"]
+
+
+@pytest.mark.slow
+def test_tensor_parallel_falls_back(results: list[dict[str, Any]]) -> None:
+    for found in compared(results, "tensor parallel, plain", "after"):
+        assert "a tensor of class DTensor is used" in found["warnings"][0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", distributed.COLLECTIVES)
+def test_nothing_is_communicated_twice(kind: str, results: list[dict[str, Any]]) -> None:
+    for found in compared(results, f"collective, {kind}", "after"):
+        assert found["count"] >= distributed.STEPS
+        (warning,) = found["warnings"]
+        assert "communicates with other processes" in warning
+        assert "but for 2 of its parts (first, second)" in warning
+
+
+@pytest.mark.slow
+def test_distributed_checkpoint(results: list[dict[str, Any]]) -> None:
+    compared(results, "checkpoint, ", "before")
+
+
+def test_wrapper_is_refused() -> None:
+    wrapper = DistributedDataParallel.__new__(DistributedDataParallel)
+    nn.Module.__init__(wrapper)
+    for call in (fxckpt.rewrite, fxckpt.rewrite_):
+        with pytest.raises(fxckpt.FxckptError, match=r"Rewrite the module inside .*\.module"):
+            call(wrapper, "block")
