@@ -36,8 +36,9 @@ _PEERS = {  # what people use, by the policy that does the same
 }
 AnyDevice = Device | torch.device | str | None
 _SECONDS_OF_REPLAY = 5e-6  # for each node of a graph, about
+_SECONDS_OF_EXACT = 0.75  # for each exact solution, about
 _PLANS_KEPT = 32  # for reports
-_SHARE = 0.3  # of the seconds for planning that replays for one budget may take
+_SHARE = 0.3  # of the seconds for planning that replays for one budget, or solutions, may take
 
 
 class Planner:
@@ -77,7 +78,11 @@ class Planner:
         backward = sum(map(costs.seconds, joint.backward_nodes()))
         self._step_seconds = sum(self.seconds.values()) + backward
         one = _SECONDS_OF_REPLAY * max(len(joint.graph.nodes), 200)
-        self._search = Search(self.memory, self.seconds, max(int(_SHARE * seconds / one), 50))
+        replays, exact = (
+            max(int(_SHARE * seconds / one), 50),
+            int(_SHARE * seconds / _SECONDS_OF_EXACT),
+        )
+        self._search = Search(self.memory, self.seconds, replays, exact)
         self._everything = self._search.consider(self.memory.values)
         self._search.consider(())
         for decide in policies.NAMES.values():

@@ -3,9 +3,10 @@
 NOTE [The search]
 
 Rounded solutions of the linear program (see `solve`) are nearly right: within a few per cent of the
-budget, and of the optimum. Three things make plans of them:
+budget, and of the optimum. Four things make plans of them:
 
     aim lower   if the replay needs more than the budget, the program is solved for less
+    wait        for small graphs, the program is that of `exact`, which knows what waits for what
     repair      as long as a decision is over the budget, give up a value that lives when most does:
                 the one that takes off most for the seconds that it costs
     fill        save what is computed again as long as it still fits, the most seconds for a byte
@@ -14,7 +15,8 @@ budget, and of the optimum. Three things make plans of them:
 All that is ever replayed goes into one pool, from which each budget takes the fastest that fits:
 what was found for a smaller budget is not lost for a larger one.
 
-The search is limited by a number of replays and not by a clock, so that it is deterministic.
+It ends when the best is within 1 % of the bound, and is limited by a number of replays and not by a
+clock, so that it is deterministic.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.fx import Node
 
+from fxckpt.exact import Exact
 from fxckpt.joint import producer
 from fxckpt.memory import Memory
 from fxckpt.replay import Replay
@@ -42,7 +45,9 @@ _ROUNDINGS = (0.999, 0.5, 0.001)  # what counts as saved
 _RECENT = 32  # replays that are kept
 _LESSONS, _AIMS = 3, 8  # how often to learn, and to aim lower
 _SHARES = (1.0, 0.85, 0.7)  # of the budget, that are aimed for from below
-_POOR, _GOOD = 1.3, 1.02  # times the seconds of the program: when to look from below, to exchange
+# Times the bound: when to stop, to exchange, and to look from below.
+_BEST, _GOOD, _POOR = 1.01, 1.04, 1.3
+_FEW = 150  # values, for which exact solutions are found soon
 _AT_ONCE = 6  # values to try to give up
 _HALVINGS, _STARTS, _DESCENT = 8, 4, 0.95  # how to find what needs least
 
@@ -64,14 +69,20 @@ class Search:
         memory: Of the graph.
         seconds: What each forward operation takes.
         replays: How many a call may make, about.
+        exact: How many exact solutions it may look at (see `exact`), of small graphs.
     """
 
-    def __init__(self, memory: Memory, seconds: dict[Node, float], replays: int) -> None:
+    def __init__(
+        self, memory: Memory, seconds: dict[Node, float], replays: int, exact: int
+    ) -> None:
         self.memory, self._seconds, self._replays = memory, seconds, replays
+        self._solutions = exact if len(memory.values) <= _FEW else 0
         self._problem = problem_of(memory, seconds)
         self._index = {node: i for i, node in enumerate(memory.values)}
-        self._bounds = Program(self._problem)
-        self._plans = Program(self._problem.in_two_moments(memory.fixed_before), patient=True)
+        self._bounds = Exact(self._problem)
+        self._exact = Exact(self._problem, recomputing=True)
+        self._plans = Program(self._problem.in_two_moments())
+        self._bound_of: dict[float, float | None] = {}
         self._pool: dict[bytes, Found] = {}
         self._given: list[Found] = []  # what was to be considered
         self._recent: dict[bytes, Replay] = {}
@@ -81,8 +92,10 @@ class Search:
 
     def bound(self, budget: float) -> float | None:
         """Seconds that every decision within a budget takes at least; None if none fits."""
-        solution = self._bounds.solve(budget, whole=True)
-        return None if solution is None else solution.seconds
+        if budget not in self._bound_of:
+            solution = self._bounds.solve(budget)
+            self._bound_of[budget] = None if solution is None else solution.seconds
+        return self._bound_of[budget]
 
     def best(self, budget: float) -> Found | None:
         """The fastest that is known to fit; of those, the one that needs least."""
@@ -105,25 +118,44 @@ class Search:
     # -- looking for more
 
     def look(self, budget: float) -> None:
-        """Looks for decisions within a budget."""
+        """Looks for decisions within a budget, until one is near the bound."""
+        if self.bound(budget) is None:
+            return
+        for look in (self._look_by_learning, self._look_exactly, self._look_by_aiming):
+            self._left = self._replays
+            look(budget)
+            if (known := self.best(budget)) is not None and self._is_poor(budget, _BEST):
+                self._fill(known, budget)
+            if not self._is_poor(budget, _BEST):
+                return
         self._left = self._replays
-        self._look_by_learning(budget)
-        self._look_by_aiming(budget)
-        if (known := self.best(budget)) is not None:
-            self._fill(known, budget)
         if self._is_poor(budget, _POOR):
             self._look_from_below(budget)
+        self._left = self._replays
         if self._is_poor(budget, _GOOD):
             self._exchange(budget)
 
     def _is_poor(self, budget: float, factor: float) -> bool:
-        """Whether the best that is known takes much longer than the program for plans says."""
-        solution, known = self._plans.solve(budget), self.best(budget)
-        return known is None or (solution is not None and known.seconds > factor * solution.seconds)
+        """Whether the best that is known takes much longer than the bound."""
+        bound, known = self.bound(budget), self.best(budget)
+        return known is None or bound is None or known.seconds > factor * bound
+
+    def _look_exactly(self, budget: float) -> None:
+        """Solutions that know what waits: for graphs that are small enough to find them soon."""
+        aim = budget
+        for _ in range(self._solutions):
+            solution = self._exact.solve(aim, whole=True)
+            if solution is None:
+                return
+            found = self._try(self._rounded(solution, 0.5))
+            over = found.peak - budget
+            if over <= 0:
+                return
+            self._repair(found, budget)
+            aim -= max(0.5 * over, 0.005 * budget)
 
     def _look_from_below(self, budget: float) -> None:
         """Lets all go that is not saved, and then less."""
-        self._left = self._replays
         for share in _SHARES:
             if (solution := self._plans.solve(share * budget)) is None:
                 break
@@ -180,7 +212,7 @@ class Search:
     def least(self) -> Found:
         """The one that is found to need least, whatever else was looked for before."""
         self._left = self._replays
-        plans = Program(self._plans.problem, patient=True)
+        plans = Program(self._plans.problem)
         starts = [*self._given]
         low, high = float(self.memory.fixed.peak), float(starts[0].peak)
         for _ in range(_HALVINGS):
@@ -323,6 +355,7 @@ def problem_of(memory: Memory, seconds: dict[Node, float]) -> Problem:
     for node, operation in memory.replaced.items():
         if node in values:
             last[values[node]] = when[operation] - 1
+    taken = {o: values[v] for v, o in memory.replaced.items() if v in values}
     return Problem(
         np.array([memory.cost[v] for v in values], dtype=float),
         np.array([operations[producer(v)] for v in values], dtype=np.int64),
@@ -333,6 +366,8 @@ def problem_of(memory: Memory, seconds: dict[Node, float]) -> Problem:
         last,
         np.array([m.live for m in forward], dtype=float),
         np.array([m.live for m in backward], dtype=float),
+        np.array(memory.fixed_before, dtype=float),
+        [taken.get(o, -1) for o in operations],
     )
 
 

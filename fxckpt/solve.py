@@ -12,13 +12,13 @@ v is saved, o runs again.
 
 What lives at a moment, besides what lives in any case: in forward, what is saved and was made
 before; in backward, what is saved up to the last time that backward reads it, and what is computed
-again from the first to the last time. No decision can do with less, so the optimum of the program,
-fractions allowed, is a bound for all of them.
+again from the first to the last time. No decision can do with less.
 
 Decisions may need more. What is saved as an operand of something that runs again waits for that,
-and what is computed again for something else waits for its own readers. A `patient` program counts
-that, which is no bound, but nearly right for plans: first by rule, and then as it shows when plans
-are replayed (see `search`), which is what `Lives` are for. It has one more variable for each value,
+and what is computed again for something else waits for its own readers. This program counts that
+first by rule, and then as it shows when plans are replayed (see `search`), which is what `Lives`
+are for. So its optimum is no bound (see `exact` for one), but nearly right for plans, and quickly
+found. It has one more variable for each value,
 
     g(v) <= r(o)            v, result of o, does not wait: it is let go, and computed once more
 
@@ -62,6 +62,8 @@ class Problem:
         last: The last moment of forward at which each value lives in any case.
         forward: Bytes that live at each moment of forward, whatever is decided.
         backward: Likewise.
+        before: Likewise right before each moment of backward.
+        taken: For each operation, the operand whose place its result takes; -1 if it takes none.
     """
 
     sizes: Floats
@@ -73,13 +75,31 @@ class Problem:
     last: Ints
     forward: Floats
     backward: Floats
+    before: Floats
+    taken: Sequence[int]
 
-    def in_two_moments(self, before: Sequence[int]) -> Problem:
-        """The same with two moments for each of backward: before it, and at it.
+    def needs(self) -> tuple[Ints, Ints]:
+        """The first and the last moment at which backward reads each value."""
+        first = np.full(len(self.sizes), len(self.backward))
+        last = np.full(len(self.sizes), -1)
+        for moment, values in enumerate(self.reads):
+            for v in values:
+                first[v] = min(first[v], moment)
+                last[v] = moment
+        return first, last
 
-        Args:
-            before: Bytes that live before each moment of backward, whatever is decided.
-        """
+    def replaced_at(self) -> Ints:
+        """The last moment at which each value lives if it is computed again."""
+        _, last = self.needs()
+        until: Ints = last.copy()
+        for moment, values in enumerate(self.replaceable):
+            for v in values:
+                if last[v] == moment:
+                    until[v] = moment - 1
+        return until
+
+    def in_two_moments(self) -> Problem:
+        """The same with two moments for each of backward: before it, and at it."""
 
         def at_odd(values: Sequence[Sequence[int]]) -> list[Sequence[int]]:
             return [each for at in values for each in ((), at)]
@@ -88,7 +108,7 @@ class Problem:
             self,
             reads=at_odd(self.reads),
             replaceable=at_odd(self.replaceable),
-            backward=np.stack([np.array(before, dtype=float), self.backward], 1).ravel(),
+            backward=np.stack([self.before, self.backward], 1).ravel(),
         )
 
 
@@ -98,8 +118,8 @@ class Solution:
 
     Attributes:
         saved: s(v).
-        let_go: g(v), of patient programs.
-        seconds: No decision within the budget can do with less, if no program is patient.
+        let_go: g(v).
+        seconds: The optimum, or, of a solution without fractions, what it cannot be below.
     """
 
     saved: Floats
@@ -127,14 +147,13 @@ class Program:
 
     Args:
         problem: The numbers.
-        patient: See the note. If not, the optimum is a bound.
     """
 
-    def __init__(self, problem: Problem, *, patient: bool = False) -> None:
-        self.problem, self._patient = problem, patient
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
         self._values, self._operations = len(problem.sizes), len(problem.seconds)
-        self._first, self._last = self._needs()
-        self._again_until = self._replaced_at()
+        self._first, self._last = problem.needs()
+        self._again_until = problem.replaced_at()
         # What is one of several results is taken to be there only if its operation runs again and
         # it is not saved itself: a variable of its own.
         results = np.bincount(problem.producer, minlength=self._operations)
@@ -142,7 +161,7 @@ class Program:
         self._again = self._values + problem.producer.copy()
         self._again[several] = self._values + self._operations + np.arange(len(several))
         self._let_go = self._values + self._operations + len(several)  # where g begins
-        self._columns = self._let_go + (self._values if patient else 0)
+        self._columns = self._let_go + self._values
         self._several = several
         self._scale = max(float(problem.seconds.max(initial=0.0)), 1e-12)
         self._logic, self._logic_bounds = self._logic_rows()
@@ -151,8 +170,7 @@ class Program:
 
     def lives(self) -> Lives:
         """What is known before any decision is replayed."""
-        until = self._waited_for() if self._patient else self._last
-        return Lives(until.copy(), self._first.copy(), self._again_until.copy())
+        return Lives(self._waited_for(), self._first.copy(), self._again_until.copy())
 
     def solve(
         self, budget: float, lives: Lives | None = None, *, whole: bool = False
@@ -217,14 +235,13 @@ class Program:
         problem, sizes = self.problem, self.problem.sizes
         saved, again = sizes * x[: self._values], sizes * x[self._again]
         ahead, behind = len(problem.forward), len(problem.backward)
-        forward = _sums(ahead, problem.last + 1, np.full(self._values, ahead), saved)
-        backward = _sums(behind, np.zeros(self._values, int), lives.until + 1, saved)
-        backward += _sums(behind, lives.begin, lives.end + 1, again)
-        if self._patient:
-            gone = sizes * x[self._let_go :]
-            begin, read = lives.begin + 1, np.maximum(lives.begin + 1, self._first)
-            backward -= _sums(behind, begin, lives.end + 1, gone)
-            backward += _sums(behind, read, self._again_until + 1, gone)
+        forward = sums(ahead, problem.last + 1, np.full(self._values, ahead), saved)
+        backward = sums(behind, np.zeros(self._values, int), lives.until + 1, saved)
+        backward += sums(behind, lives.begin, lives.end + 1, again)
+        gone = sizes * x[self._let_go :]
+        begin, read = lives.begin + 1, np.maximum(lives.begin + 1, self._first)
+        backward -= sums(behind, begin, lives.end + 1, gone)
+        backward += sums(behind, read, self._again_until + 1, gone)
         return np.concatenate([problem.forward + forward, problem.backward + backward])
 
     def _row(self, moment: int, lives: Lives) -> csr_matrix:
@@ -236,29 +253,9 @@ class Program:
         if t >= 0:
             there = (lives.begin <= t) & (t <= lives.end)
             np.add.at(row, self._again[there], sizes[there])
-            if self._patient:
-                read = (self._first <= t) & (t <= self._again_until)
-                row[self._let_go :] = -sizes * (there & ~read & (lives.begin < t))
+            read = (self._first <= t) & (t <= self._again_until)
+            row[self._let_go :] = -sizes * (there & ~read & (lives.begin < t))
         return csr_matrix(row)
-
-    def _needs(self) -> tuple[Ints, Ints]:
-        """The first and the last moment at which backward reads each value."""
-        first = np.full(self._values, len(self.problem.backward))
-        last = np.full(self._values, -1)
-        for moment, values in enumerate(self.problem.reads):
-            for v in values:
-                first[v] = min(first[v], moment)
-                last[v] = moment
-        return first, last
-
-    def _replaced_at(self) -> Ints:
-        """The last moment at which each value lives if it is computed again."""
-        until: Ints = self._last.copy()
-        for moment, values in enumerate(self.problem.replaceable):
-            for v in values:
-                if self._last[v] == moment:
-                    until[v] = moment - 1
-        return until
 
     def _waited_for(self) -> Ints:
         """When the last operation that reads each value would run again, if it is later."""
@@ -295,7 +292,7 @@ class Program:
         for v in self._several:
             o = int(problem.producer[v])
             yield [(n + o, 1.0), (int(v), -1.0), (int(self._again[v]), -1.0)], 0.0
-        for u in range(n if self._patient else 0):
+        for u in range(n):
             yield [(self._let_go + u, 1.0), (int(self._again[u]), -1.0)], 0.0
 
     def _costs(self) -> Floats:
@@ -308,12 +305,11 @@ class Program:
         costs[self._values : self._values + self._operations] = problem.seconds
         weight = 1e-6 * problem.seconds.sum() / max(problem.sizes.sum(), 1.0)
         costs[: self._values] = weight * problem.sizes
-        if self._patient:
-            costs[self._let_go :] = problem.seconds[problem.producer] + weight
+        costs[self._let_go :] = problem.seconds[problem.producer] + weight
         return costs / self._scale
 
 
-def _sums(count: int, begin: Ints, end: Ints, amounts: Floats) -> Floats:
+def sums(count: int, begin: Ints, end: Ints, amounts: Floats) -> Floats:
     """At each moment, the sum of the amounts that have begun and not ended."""
     change = np.zeros(count + 1)
     present = begin < end

@@ -1,20 +1,23 @@
 """What kernels allocate besides results that look as they should, where that is known and large.
 
 Measured with the profiler's allocation events (see docs/measuring-memory.md). On the CPU, oneDNN
-copies the operands of a convolution into layouts of its own, and the result back. What cuDNN and
-cuBLAS take is not known beforehand, and not counted.
+copies the operands of a convolution into layouts of its own, and the result back; where it does not
+run, patches of the input become a matrix. Not counted: channels that oneDNN adds to have a multiple
+of 16, its copies of operands in half precision, and what cuDNN and cuBLAS take.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Node
 
 from fxckpt import ops
 from fxckpt.joint import storage_bytes
+
+_native: Any = torch._C  # not all of it is declared
 
 
 def workspace(node: Node) -> int:
@@ -38,23 +41,27 @@ def oversized(node: Node) -> int | None:
 
 
 def _convolution(node: Node) -> int:
-    x, weight, stride, transposed = (node.args[i] for i in (0, 1, 3, 6))
-    if not _is_reordered(weight, stride):
-        return 0
+    call = _Convolution.of(node, 0)
+    if not call.is_reordered():
+        return _made_dense(call.x) + call.columns(node.meta["val"])
     result = storage_bytes(node.meta["val"])
-    copied = 2 * result if transposed else max(_bytes(x) + _bytes(weight), result)
-    return _made_dense(x) + copied
+    operands = _bytes(call.x) + _bytes(call.weight)
+    return _made_dense(call.x) + (2 * result if call.transposed else max(operands, result))
 
 
 def _convolution_backward(node: Node) -> int:
-    """Copies of both operands for the gradient of the weight, or copies of one of the results."""
-    stride: Any
-    gradient, x, weight, stride = (node.args[i] for i in (0, 1, 2, 4))
-    size, weights, dense = _bytes(x), _bytes(weight), _made_dense(gradient) + _made_dense(x)
-    if not _is_reordered(weight, stride):
-        return dense
-    copies = 2 if max(stride) > 1 else 1  # of the gradient of x, before that of the weight is there
-    return dense + max(_bytes(gradient) + size, copies * size - weights, weights)
+    """Copies of the operands and of one result, for the gradient of the input, then the weight."""
+    gradient: Any
+    mask: Any
+    gradient, mask, call = node.args[0], node.args[-1], _Convolution.of(node, 1)
+    given, size, weights = _bytes(gradient), _bytes(call.x), _bytes(call.weight)
+    dense = _made_dense(gradient) + _made_dense(call.x)
+    if not call.is_reordered():
+        again = mask[1] or call.transposed
+        return dense + again * call.columns(gradient.meta["val"], backward=True)
+    copies = 2 if max(call.stride) > 1 else 1  # of the gradient of x, besides itself
+    by_input = mask[0] * (max(given + weights, copies * size) - mask[1] * weights)
+    return dense + max(by_input, mask[1] * max(given + size, weights))
 
 
 def _made_dense(node: Any) -> int:
@@ -64,10 +71,52 @@ def _made_dense(node: Any) -> int:
     return 0 if any(val.is_contiguous(memory_format=f) for f in formats) else _bytes(node)
 
 
-def _is_reordered(weight: Any, stride: Any) -> bool:
-    """Whether oneDNN runs a convolution; on one thread, it leaves the simplest to others."""
-    kernel = weight.meta["val"].shape[2:]
-    return max(*kernel, *stride) > 1 or torch.get_num_threads() > 1
+class _Convolution(NamedTuple):
+    """Arguments of a convolution, or of its backward."""
+
+    x: Any
+    weight: Any
+    stride: Any
+    padding: Any
+    dilation: Any
+    transposed: Any
+    output_padding: Any
+    groups: Any
+
+    @staticmethod
+    def of(node: Node, start: int) -> _Convolution:
+        """Those of an operation: operands from `start`, a bias or its sizes, and options."""
+        arguments: Any = node.args
+        x, weight, _, *options = arguments[start : start + 9]
+        return _Convolution(x, weight, *options)
+
+    def is_reordered(self) -> bool:
+        """Whether oneDNN runs it: that depends on shapes, dtype and the number of threads."""
+        x, weight = self.x.meta["val"], self.weight.meta["val"]
+        options: list[Any] = [*self[2:]]
+        with x.fake_mode:
+            if weight.dim() == 3:  # the operation itself makes it two-dimensional before it asks
+                x, weight = x.unsqueeze(2), weight.unsqueeze(2)
+                fill = (1, 0, 1, None, 0, None)
+                options = [o if f is None else [f, *o] for f, o in zip(fill, options, strict=True)]
+            backend = _native._select_conv_backend(x, weight, None, *options)
+        known = _native._ConvBackend.__members__  # all but oneDNN's for transposed ones
+        return backend == known["Mkldnn"] or backend not in known.values()
+
+    def columns(self, result: torch.Tensor, *, backward: bool = False) -> int:
+        """Bytes of the patches of the input, side by side, for one product of matrices.
+
+        A transposed convolution is that of its result, of which backward takes one image after the
+        other. Groups are computed one by one.
+        """
+        x, weight = self.x.meta["val"], self.weight.meta["val"]
+        apart = result.nbytes if self.groups > 1 else 0
+        simple = max(*weight.shape[2:], *self.stride) == 1 and not any(self.padding)
+        if simple and (backward or not self.transposed):
+            return apart
+        images = 1 if self.transposed and backward else result.shape[0]
+        pixels = (x if self.transposed else result).shape[2:].numel()
+        return apart + images * pixels * weight[0].nbytes
 
 
 def _bytes(node: Any) -> int:

@@ -8,7 +8,7 @@ import dataclasses
 import gc
 import itertools
 import timeit
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from operator import getitem
 from typing import Any
@@ -33,6 +33,7 @@ from test_random_models import run as run_program
 from torch import Tensor, nn
 from torch.autograd.profiler import profile
 from torch.fx import Graph, Node
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 from torch.nn import functional as F
 
@@ -219,8 +220,14 @@ def with_workspaces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def allocation_peak(case: Any, batch: Any) -> int:
     """The most that the allocator has handed out at any moment of one step."""
+    return most_allocated(lambda: case.loss(case.model(**batch)).backward())
+
+
+def most_allocated(work: Callable[[], Any]) -> int:
+    """The most that the allocator has handed out at any moment."""
     with profile(profile_memory=True) as profiler:
-        case.loss(case.model(**batch)).backward()
+        kept = work()
+    del kept
     events = sorted(profiler.kineto_results.events(), key=lambda event: event.start_ns())
     return max(itertools.accumulate(e.nbytes() for e in events if e.name() == "[memory]"))
 
@@ -237,6 +244,48 @@ def test_real_allocations(name: str, policy: str, with_workspaces: None) -> None
     joint = joint_of(case.model)
     replay = memory.Memory(joint, outputs_held=False).replay(resolve(policy)(joint))
     assert replay.peak == pytest.approx(peak, rel=0.01)
+
+
+# Batch, channels in and out, size, kernel, stride, whether transposed, dtype.
+CONVOLUTIONS = [
+    (16, 32, 96, 24, 1, 1, False, torch.float32),  # of pixels: a batch of 16 makes a difference
+    (4, 32, 96, 24, 1, 1, False, torch.float32),
+    (4, 32, 96, 48, 1, 2, False, torch.float32),
+    (4, 32, 96, 24, 3, 1, False, torch.float32),
+    (4, 96, 32, 24, 3, 2, False, torch.float32),
+    (1, 32, 96, 16, 3, 1, False, torch.float32),  # so little that it becomes a matrix product
+    (4, 48, 32, 24, 2, 2, True, torch.float32),
+    (4, 32, 96, 24, 3, 1, False, torch.float64),
+    (4, 48, 32, 24, 2, 2, True, torch.float64),
+]
+MASKS = [None, (True, True, False), (False, True, False), (True, False, False)]
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("case", CONVOLUTIONS)
+def test_workspaces_of_convolutions(case: Any, mask: Any, with_workspaces: None) -> None:
+    """Forward, and backward by the input and by the weight, where the input may be imitated."""
+    count, ins, outs, size, kernel, stride, transposed, dtype = case
+    x = torch.ones(count, ins, size, size, dtype=dtype)
+    weight = torch.ones((ins, outs) if transposed else (outs, ins), dtype=dtype)
+    weight = weight[..., None, None].expand(-1, -1, kernel, kernel).contiguous()
+    padding = 0 if transposed else kernel // 2
+    options = ([stride] * 2, [padding] * 2, [1] * 2, transposed, [0] * 2, 1)
+    op, args = aten.convolution.default, (x, weight, None, *options)
+    if mask is not None:
+        blank = torch.empty_strided(x.shape, [0] * 4, dtype=dtype)
+        gradient = torch.ones_like(op(*args))
+        op = aten.convolution_backward.default
+        args = (gradient, x if mask[1] else blank, weight, [outs], *options, list(mask))
+    graph = make_fx(lambda *tensors: op(*tensors, *args[len(tensors) :]), tracing_mode="fake")(
+        *args[: 2 if mask is None else 3]
+    )
+    node = next(n for n in graph.graph.nodes if n.target is op)
+    made = sum(t.nbytes for t in tensors_in([node.meta["val"]]))
+    op(*args)
+    assert made + workspace.workspace(node) == pytest.approx(
+        most_allocated(lambda: op(*args)), rel=0.05
+    )
 
 
 # --- what a planner reads -------------------------------------------------------------------------

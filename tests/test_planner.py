@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from unittest import mock
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from transformers import LlamaConfig, LlamaModel
 
 import fxckpt
 from bench.models import build
-from fxckpt import BudgetError, policies
+from fxckpt import BudgetError, exact, policies
 from fxckpt.joint import Joint
 from fxckpt.planner import Planner, parse_budget
 from fxckpt.quantities import readable
@@ -66,9 +67,16 @@ def joints(draw: st.DrawFn) -> Joint:
     return joint_of(fxckpt.rewrite(model, "nothing", strict=True, example_inputs=(x,)))
 
 
-@settings(max_examples=15)
+@pytest.mark.parametrize("depth", [12, 0], ids="chains of {} are followed".format)
+@settings(max_examples=12)
 @given(joints())
-def test_no_decision_is_better_than_the_bound(joint: Joint) -> None:
+def test_no_decision_is_better_than_the_bound(depth: int, joint: Joint) -> None:
+    with mock.patch.object(exact, "_DEPTH", depth):
+        assert_bounds(joint)
+
+
+def assert_bounds(joint: Joint) -> None:
+    """All decisions on a small graph, for some budgets."""
     planner = Planner(joint, device="v100", seconds=1.0)
     values = planner.memory.values
     assume(len(values) <= 6)

@@ -70,6 +70,7 @@ LAYERS = (
     "replay",
     "memory",
     "solve",
+    "exact",
     "search",
     "plans",
     "frontiers",
