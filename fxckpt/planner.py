@@ -38,7 +38,7 @@ AnyDevice = Device | torch.device | str | None
 _SECONDS_OF_REPLAY = 5e-6  # for each node of a graph, about
 _SECONDS_OF_EXACT = 0.75  # for each exact solution, about
 _PLANS_KEPT = 32  # for reports
-_SHARE = 0.3  # of the seconds for planning that replays for one budget, or solutions, may take
+_SHARE = 0.12  # of the seconds for planning that replays for one budget, or solutions, may take
 
 
 class Planner:

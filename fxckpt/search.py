@@ -126,7 +126,7 @@ class Search:
             look(budget)
             if (known := self.best(budget)) is not None and self._is_poor(budget, _BEST):
                 self._fill(known, budget)
-            if not self._is_poor(budget, _BEST):
+            if not self._is_poor(budget, _BEST) or self._is_hopeless(budget):
                 return
         self._left = self._replays
         if self._is_poor(budget, _POOR):
@@ -134,6 +134,10 @@ class Search:
         self._left = self._replays
         if self._is_poor(budget, _GOOD):
             self._exchange(budget)
+
+    def _is_hopeless(self, budget: float) -> bool:
+        """Whether nothing fits, not even what needs least."""
+        return self.best(budget) is None and self.least.peak > budget
 
     def _is_poor(self, budget: float, factor: float) -> bool:
         """Whether the best that is known takes much longer than the bound."""
@@ -162,7 +166,7 @@ class Search:
             start = self._try(self._without_waiting(self._rounded(solution, 0.5)))
             if (found := self._repair(start, budget)).peak <= budget:
                 self._fill(found, budget)
-        if self.best(budget) is None and self.least.peak <= budget:
+        if self.best(budget) is None:
             self._left = self._replays
             self._fill(self.least, budget)
 
