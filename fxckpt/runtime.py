@@ -37,7 +37,7 @@ from torch.fx import GraphModule
 
 from fxckpt import first_run, ops, tree
 from fxckpt.arguments import Arguments, Call
-from fxckpt.errors import CaptureError, FxckptError
+from fxckpt.errors import BudgetError, CaptureError, FxckptError
 from fxckpt.first_run import Misfit
 from fxckpt.inductor import Compiled
 from fxckpt.joint import Joint
@@ -201,10 +201,15 @@ class Captured:
 
     @property
     def program(self) -> Program:
-        """The program for the backward that is expected next."""
+        """The program for the backward that is expected next; one that fits the budget, if any."""
         with LOCK:
             if self._expected not in self._programs:
-                self._programs[self._expected] = self._compile(self._expected)
+                try:
+                    self._programs[self._expected] = self._compile(self._expected)
+                except BudgetError:
+                    if not self._programs:
+                        raise
+                    self._expected = next(iter(self._programs))  # its residuals serve, too
             return self._programs[self._expected]
 
     @property

@@ -1,5 +1,6 @@
 """Autograd cannot tell a rewritten module from the original, however it is used."""
 
+import copy
 import gc
 import weakref
 from collections.abc import Callable
@@ -19,14 +20,18 @@ from helpers import (
     captures,
     chain,
     content,
+    decided,
     leaves,
     seed_all,
     sgd,
     total,
 )
 from torch import Tensor, nn
+from torch.fx import Node
 
 import fxckpt
+from fxckpt import BudgetError
+from fxckpt.joint import Joint
 
 POLICIES = ("nothing", "dots", "everything")
 
@@ -301,6 +306,27 @@ def test_pattern_of_gradients(pattern: str, policy: str) -> None:
 
     model = both(LossAndScores, use, policy)
     assert len(captures(model)) == 1
+
+
+def test_a_plan_that_fits_stays_if_another_pattern_has_none() -> None:
+    """A later step does not fail for a pattern of gradients that was seen in the one before."""
+    asked: list[Joint] = []
+
+    def decide(joint: Joint) -> set[Node]:
+        asked.append(joint)
+        if len(asked) > 1:
+            raise BudgetError("no plan fits")
+        return set()
+
+    eager = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh())
+    ours = decided(copy.deepcopy(eager), decide)
+    for _ in range(3):
+        for model in (eager, ours):
+            model.zero_grad()
+            model(torch.ones(2, 4)).sum().backward()  # its gradient is expanded, not dense
+        pairs = zip(eager.parameters(), ours.parameters(), strict=True)
+        assert all(torch.equal(p.grad, q.grad) for p, q in pairs)
+    assert len(asked) == 2
 
 
 def test_patterns_on_one_graph() -> None:
