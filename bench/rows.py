@@ -20,6 +20,7 @@ EAGER = "eager"
 BUDGETS = (0.6, 0.4)
 """Of the rows with a planner, relative to eager's peak, parameters not counted."""
 POLICIES = ("everything", "norm", "attention", "mlp", "dots", "block", "sqrt", "nothing")
+COMPILED = ("dots", "block")  # policies of the rows of ours that are compiled, too
 
 _aten = torch.ops.aten
 MATRIX_PRODUCTS = [
@@ -68,6 +69,12 @@ def all_rows(budgets: Sequence[float] | None) -> list[Row]:
         rows += [
             Row(f"compile.inductor@{budget:g}", functools.partial(_inductor, budget=budget))
             for budget in budgets
+        ]
+        rows += [
+            Row(
+                f"fxckpt.{policy}+compile", functools.partial(_rewrite, policy=policy, compile=True)
+            )
+            for policy in COMPILED
         ]
     rows += [
         Row(f"fxckpt.{policy}", functools.partial(_rewrite, policy=policy)) for policy in POLICIES
