@@ -185,7 +185,7 @@ def test_page_counts_and_explains() -> None:
     assert "| **all** | 3 | 1 | 1 |  |  | 1 |" in totals(rows)
     page = markdown(rows, ("nothing",))
     assert "| `a` | f | whole | 0.25 | 1.2 |" in page
-    assert "- `b` (parts): in x.py; two eager runs differ, first in step 0: loss; of what" in page
+    assert "- `b` (parts): in x.py; two eager runs differ, first in `step 0: loss`; of what" in page
     assert "`gpt2`" in page.partition("## Not in the zoo")[2]
 
 
