@@ -76,6 +76,7 @@ class Watch:
         self._root, self._most = weakref.ref(module), most
         self._inner = [*module.modules()][1:]
         self._reads: Reads = set()
+        self._names_of: dict[int, list[str]] = {}  # of what was read, by id of the module
         self._globals: dict[int, list[str]] = {}  # names that functions read, by id of the globals
         self._class_attributes: list[tuple[Any, str]] = []
         self._structure = self._structure_now()
@@ -118,6 +119,7 @@ class Watch:
         } | {(id(self._root()), "forward")}
         if not new <= self._reads:
             self._reads |= new
+            self._names_of = _by_module(self._reads)
             self._number = None
             self._contents = []
             self._numbers.clear()
@@ -184,7 +186,7 @@ class Watch:
         return [*found]
 
     def _names(self, m: nn.Module) -> list[str]:
-        return sorted(name for module, name in self._reads if module == id(m))
+        return self._names_of.get(id(m), [])
 
     # -- looking up a state
 
@@ -272,6 +274,14 @@ class Watch:
         yield lambda: _same_geometry(tensors, geometry)
         rest = [c for c in self._contents if type(c.owner) is not dict and id(c.owner) not in names]
         yield lambda: all(c.unchanged() for c in rest)
+
+
+def _by_module(reads: Reads) -> dict[int, list[str]]:
+    """The names that were read, sorted, by the `id` of the module."""
+    found: dict[int, list[str]] = {}
+    for module, name in sorted(reads, key=itemgetter(1)):
+        found.setdefault(module, []).append(name)
+    return found
 
 
 def _same_objects(now: Sequence[Any], before: Sequence[Any]) -> bool:
