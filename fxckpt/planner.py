@@ -38,7 +38,7 @@ AnyDevice = Device | torch.device | str | None
 _SECONDS_OF_REPLAY = 5e-6  # for each node of a graph, about
 _SECONDS_OF_EXACT = 0.75  # for each exact solution, about
 _PLANS_KEPT = 32  # for reports
-_SHARE = 0.12  # of the seconds for planning that replays for one budget, or solutions, may take
+_SHARE, _SHARE_OF_EXACT = 0.12, 0.2  # of the seconds for planning: replays, exact solutions
 
 
 class Planner:
@@ -80,7 +80,7 @@ class Planner:
         one = _SECONDS_OF_REPLAY * max(len(joint.graph.nodes), 200)
         replays, exact = (
             max(int(_SHARE * seconds / one), 50),
-            int(_SHARE * seconds / _SECONDS_OF_EXACT),
+            int(_SHARE_OF_EXACT * seconds / _SECONDS_OF_EXACT),
         )
         self._search = Search(self.memory, self.seconds, replays, exact)
         self._everything = self._search.consider(self.memory.values)
