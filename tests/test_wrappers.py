@@ -128,6 +128,12 @@ def test_data_parallel_without_devices() -> None:
     assert captures(both(Net, use))
 
 
+def test_data_parallel_inside_of_a_model() -> None:
+    model = fxckpt.rewrite(nn.Sequential(nn.DataParallel(Net())), "nothing", strict=True)
+    with pytest.raises(fxckpt.CaptureError, match="DataParallel synchronises what the module in"):
+        step(model)
+
+
 def test_replicas_of_data_parallel() -> None:
     """Made as `nn.parallel.replicate` makes them, on one device."""
 
