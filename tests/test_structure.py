@@ -52,6 +52,7 @@ LAYERS = (
     "markup",
     "page",
     "plotting",
+    "kernels",
     "rates",
     "cost",
     "regions",
