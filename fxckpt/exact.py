@@ -37,6 +37,7 @@ from fxckpt.solve import Floats, Problem, Solution, sums
 
 _DEPTH = 12
 _MOST_CUTS, _MOST_ROUNDS = 6, 4  # moments that one round adds; with fewer rows a bound is lower
+_GAIN = 1e-3  # of the optimum, that a round has to bring for there to be another one
 _TOLERANCE, _SLACK = (
     1e-4,
     0.01,
@@ -122,13 +123,16 @@ class Exact:
             return None
         found = None
         for solver in (self._relaxed, self._branched) if whole else (self._relaxed,):
+            before = 0.0
             for _ in range(_MOST_ROUNDS):
                 matrix, bounds, objective = self._assembled(budget)
                 found = solver(matrix, bounds, objective)
                 if found.x is None:
                     return None
-                if not self._cut(found.x[: self._columns], budget):
+                gains = found.fun > (1 + _GAIN) * before
+                if not gains or not self._cut(found.x[: self._columns], budget):
                     break
+                before = found.fun
         assert found is not None
         self._keep_tight(matrix @ found.x, bounds - _SLACK * budget / self._unit)
         return self._solution(found, whole)

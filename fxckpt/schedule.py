@@ -152,7 +152,7 @@ class Scheduler:
         self.wanted = [g for each in joint.grads.values() for g in each]
         self.written = {joint.primals[name] for name in joint.writes if name in joint.primals}
         self._forward = forward
-        self._always = reachable([*joint.outputs, *joint.writes.values(), *_effects(forward)])
+        self.always = reachable([*joint.outputs, *joint.writes.values(), *_effects(forward)])
         self._argument = {n for n in joint.graph.nodes if _is_always_handed_on(n)}
         # Memory without contents is not worth keeping, whatever the policy says.
         self._blank = {n for n in forward if ops.is_blank(n)}
@@ -172,7 +172,7 @@ class Scheduler:
         made = _Backward(self, choice.saved, transient, {**self.stays, **choice.stays})
         backward = made.steps()
         return Schedule(
-            self._forward_steps(made.residuals),
+            self.forward_steps(made.residuals),
             backward,
             made.residuals,
             made.primals,
@@ -182,11 +182,11 @@ class Scheduler:
 
     def bare(self) -> Schedule:
         """What runs whatever is saved: forward as if there were no backward, and backward alone."""
-        return Schedule(self._forward_steps([]), [*self.backward], [], set(), [], {})
+        return Schedule(self.forward_steps([]), [*self.backward], [], set(), [], {})
 
-    def _forward_steps(self, residuals: list[Residual]) -> list[Step]:
+    def forward_steps(self, residuals: list[Residual]) -> list[Step]:
         values = [r for r in residuals if isinstance(r, Node)]
-        needed = self._always | reachable(values, stop=self._always.__contains__)
+        needed = self.always | reachable(values, stop=self.always.__contains__)
         states = {r.node for r in residuals if isinstance(r, State)}
         steps: list[Step] = [r for r in residuals if isinstance(r, Before)]
         for node in self._forward:
