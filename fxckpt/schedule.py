@@ -101,6 +101,9 @@ class Choice(Collection[Node]):
     stays: Mapping[Node, tuple[int, int]] = dataclasses.field(
         default_factory=dict, compare=False, repr=False
     )
+    together: Mapping[Node, Collection[Node]] = dataclasses.field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     @staticmethod
     def of(saved: Collection[Node]) -> Choice:
@@ -169,7 +172,8 @@ class Scheduler:
         """
         choice = Choice.of(saved)
         transient = {n for n in choice.transient if producer(n) not in self.random}
-        made = _Backward(self, choice.saved, transient, {**self.stays, **choice.stays})
+        stays = {**self.stays, **choice.stays}
+        made = _Backward(self, choice.saved, transient, stays, choice.together)
         backward = made.steps()
         return Schedule(
             self.forward_steps(made.residuals),
@@ -224,12 +228,14 @@ class _Backward:
         saved: Collection[Node],
         transient: Collection[Node],
         stays: Mapping[Node, tuple[int, int]],
+        together: Mapping[Node, Collection[Node]],
     ) -> None:
         self.primals: set[Node] = set()
         self.residuals: list[Residual] = []
         self.recomputed: list[Node] = []
         self.states: dict[Node, State] = {}
         self._saved, self._transient, self._stays = saved, transient, stays
+        self._together = together
         self._scheduler = scheduler
         self._available = set(scheduler.joint.cotangents)
         self._passing: set[Node] = set()  # the transient ones among these
@@ -273,6 +279,7 @@ class _Backward:
                 arguments.add(node)
             else:
                 stack.extend(scheduler.reads_again[node])
+                stack.extend(n for n in self._together.get(node, ()) if n not in missing)
         left: dict[torch.device, Node] = {}
         for node in sorted(missing, key=scheduler.order):
             if node in arguments:

@@ -69,6 +69,7 @@ LAYERS = (
     "ledger",
     "replay",
     "memory",
+    "usual",
     "variables",
     "pieces",
     "quick",
