@@ -83,6 +83,7 @@ class Search:
         self._exact = Exact(self._problem, recomputing=True)
         self._plans = Program(self._problem.in_two_moments())
         self._bound_of: dict[float, float | None] = {}
+        self._sharpened: set[float] = set()  # budgets whose bound is as high as it gets
         self._pool: dict[bytes, Found] = {}
         self._given: list[Found] = []  # what was to be considered
         self._recent: dict[bytes, Count] = {}
@@ -124,6 +125,7 @@ class Search:
         for look in (self._look_by_learning, self._look_exactly, self._look_by_aiming):
             self._left = self._replays
             look(budget)
+            self._sharpen(budget)
             if (known := self.best(budget)) is not None and self._is_poor(budget, _BEST):
                 self._fill(known, budget)
             if not self._is_poor(budget, _BEST) or self._is_hopeless(budget):
@@ -134,6 +136,14 @@ class Search:
         self._left = self._replays
         if self._is_poor(budget, _GOOD):
             self._exchange(budget)
+
+    def _sharpen(self, budget: float) -> None:
+        """Raises the bound where it may be the reason that the best looks poor."""
+        poor = self.best(budget) is not None and self._is_poor(budget, _BEST)
+        if poor and budget not in self._sharpened:
+            self._sharpened.add(budget)
+            if (seconds := self._bounds.sharpened(budget)) is not None:
+                self._bound_of[budget] = max(self._bound_of[budget] or 0.0, seconds)
 
     def _is_hopeless(self, budget: float) -> bool:
         """Whether nothing fits, not even what needs least."""
