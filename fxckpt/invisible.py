@@ -7,6 +7,7 @@ import logging
 import random
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -157,7 +158,17 @@ def fake_mode() -> FakeTensorMode:
     Their address is refused; by default it would be zero, with a warning the first time.
     """
     with functorch_config.patch(fake_tensor_allow_unsafe_data_ptr_access=False):
-        return FakeTensorMode(allow_non_fake_inputs=True)
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+    _own_modes.add(mode)
+    return mode
+
+
+def stands_for_real(tensor: torch.Tensor) -> bool:
+    """Whether a fake was made for a real tensor, not by a program that runs on fakes itself."""
+    return getattr(tensor, "fake_mode", None) in _own_modes
+
+
+_own_modes: weakref.WeakSet[FakeTensorMode] = weakref.WeakSet()
 
 
 @contextlib.contextmanager

@@ -82,7 +82,7 @@ def rewrite(
         compile: Whether to compile both graphs with Inductor, at the second step. What is saved
             and recomputed stays as decided, random draws stay those of eager; other numbers are
             equal up to rounding, as with `torch.compile`. A budget is then that of the graphs
-            before they are compiled.
+            before they are compiled. Inside of `torch.compile` with Inductor, this is so anyway.
 
     Returns:
         A new module of the same class (its name and `isinstance` included).

@@ -29,7 +29,7 @@ def plan(
     planning_seconds: float = 10.0,
     **kwargs: Any,
 ) -> Plan:
-    """What `rewrite(model, budget=budget)` would save and recompute; nothing is run.
+    """What `rewrite(model, budget=budget)` would save and recompute; the model is not run.
 
     Works on fake tensors, so one can plan for models that do not fit this machine.
 

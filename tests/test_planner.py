@@ -246,3 +246,16 @@ def test_views_with_several_results() -> None:
     """The cell splits a product into its gates."""
     model, x = nn.LSTMCell(4, 4), torch.ones(3, 4)
     assert fxckpt.plan(model, x, budget=1.0, device="v100").peak > 0
+
+
+def test_views_with_several_results_that_are_changed_in_place() -> None:
+    """The cells of a recurrent layer compute each gate where it is."""
+
+    def last(out: tuple[Tensor, Tensor]) -> Tensor:
+        return out[0].square().sum()
+
+    model = assert_same_training(
+        lambda: nn.GRU(4, 4, bidirectional=True), lambda _: torch.randn(5, 3, 4), last, None,
+        budget=0.8,
+    )  # fmt: skip
+    assert captures(model)
