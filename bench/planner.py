@@ -111,6 +111,7 @@ TARGETS = {
     "gpt2-dropout": Target(lambda: (gpt2(dropout=0.1), tokens(8, 1024)), "h200"),
     "gpt2-head": Target(lambda: with_head(8, 1024), "h200"),
     "gpt2-24-layers": Target(lambda: (gpt2(n_layer=24), tokens(8, 1024)), "h200"),
+    "gpt2-48-layers": Target(lambda: (gpt2(n_layer=48), tokens(8, 1024)), "h200"),
     "bert": Target(lambda: (bert(), tokens(32, 512)), "h200"),
     "llama": Target(lambda: (llama(), tokens(4, 2048)), "h200"),
     "resnet50": Target(

@@ -31,10 +31,10 @@ from fxckpt.search import Found, Search
 from fxckpt.usual import STRATEGIES, Usual, usual
 
 AnyDevice = Device | torch.device | str | None
-_SECONDS_OF_REPLAY = 5e-6  # for each node of a graph, about
+_SECONDS_OF_REPLAY = 2e-6  # for each node of a graph, about
 _SECONDS_OF_EXACT = 0.75  # for each exact solution, about
 _PLANS_KEPT = 32  # for reports
-_SHARE, _SHARE_OF_EXACT = 0.12, 0.2  # of the seconds for planning: replays, exact solutions
+_SHARE, _SHARE_OF_EXACT = 0.05, 0.2  # of the seconds for planning: replays, exact solutions
 
 
 class Planner:

@@ -29,6 +29,7 @@ from fxckpt.pieces import Builder, Piece, Reuse, residual_key
 from fxckpt.schedule import Before, Residual, State
 from fxckpt.variables import Variables
 
+_BRANCHES = 4  # pieces that a larger one is made of
 _VARIANTS = 16  # of each piece that are kept
 _END = 1 << 60  # after all moments
 
@@ -38,6 +39,7 @@ class Count:
 
     Attributes:
         live: Bytes at each moment, see `Replay.live`.
+        ahead: How many of them are of forward.
         seconds: Of what runs again.
         again: What runs again, in order; some may do so several times.
     """
@@ -46,7 +48,7 @@ class Count:
         self, forward: _Phase, backward: _Phase, again: list[Node], seconds: float
     ) -> None:
         self.live: NDArray[np.int64] = np.concatenate([forward.live, backward.live])
-        self.seconds, self.again = seconds, again
+        self.ahead, self.seconds, self.again = len(forward.live), seconds, again
         self._forward, self._backward = forward, backward
 
     @property
@@ -56,10 +58,10 @@ class Count:
 
     def at_peak(self) -> list[Node]:
         """The values that live there, largest first."""
-        moment, ahead = int(self.live.argmax()), len(self._forward.live)
-        if moment < ahead:
+        moment = int(self.live.argmax())
+        if moment < self.ahead:
             return self._forward.alive(moment)
-        return self._backward.alive(moment - ahead)
+        return self._backward.alive(moment - self.ahead)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -133,11 +135,12 @@ class Quick:
         if end - begin == 1:
             piece = self._leaf(begin, Piece(available, passing, decided))
         else:
-            middle = (begin + end) // 2
             piece = Piece(available, passing, decided)
-            piece.then(self._run(begin, middle, available, passing, decided), self._variables)
-            there = piece.available_after, piece.passing_after
-            piece.then(self._run(middle, end, *there, decided), self._variables)
+            step = -(-(end - begin) // _BRANCHES)
+            for first in range(begin, end, step):
+                there = piece.available_after, piece.passing_after
+                part = self._run(first, min(first + step, end), *there, decided)
+                piece.then(part, self._variables)
             piece.forget(self._variables)
         known.insert(0, piece)
         del known[_VARIANTS:]

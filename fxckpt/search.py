@@ -15,7 +15,7 @@ budget, and of the optimum. Four things make plans of them:
 All that is ever replayed goes into one pool, from which each budget takes the fastest that fits:
 what was found for a smaller budget is not lost for a larger one.
 
-It ends when the best is within 1 % of the bound, and is limited by a number of replays and not by a
+It ends when the best is within 2 % of the bound, and is limited by a number of replays and not by a
 clock, so that it is deterministic.
 """
 
@@ -45,8 +45,9 @@ _RECENT = 32  # replays that are kept
 _LESSONS, _AIMS = 3, 8  # how often to learn, and to aim lower
 _SHARES = (1.0, 0.85, 0.7)  # of the budget, that are aimed for from below
 # Times the bound: when to stop, to exchange, and to look from below.
-_BEST, _GOOD, _POOR = 1.01, 1.04, 1.3
+_BEST, _GOOD, _POOR = 1.02, 1.04, 1.3
 _FEW = 150  # values, for which exact solutions are found soon
+_EXCHANGES = 3  # times the replays of the other ways
 _AT_ONCE = 6  # values to try to give up
 _HALVINGS, _STARTS, _DESCENT = 8, 4, 0.95  # how to find what needs least
 
@@ -59,6 +60,7 @@ class Found:
     peak: int
     seconds: float  # of what runs again
     live: NDArray[np.int64]  # bytes at every moment
+    kept: int  # those at the end of forward
 
 
 class Search:
@@ -133,7 +135,7 @@ class Search:
         self._left = self._replays
         if self._is_poor(budget, _POOR):
             self._look_from_below(budget)
-        self._left = self._replays
+        self._left = _EXCHANGES * self._replays
         if self._is_poor(budget, _GOOD):
             self._exchange(budget)
 
@@ -261,7 +263,8 @@ class Search:
         self._left -= 1
         if key not in self._pool:
             count = self._count(decision)
-            self._pool[key] = Found(decision, count.peak, count.seconds, count.live)
+            kept = int(count.live[count.ahead - 1]) if count.ahead else 0
+            self._pool[key] = Found(decision, count.peak, count.seconds, count.live, kept)
         return self._pool[key]
 
     def _count(self, decision: Decision) -> Count:
@@ -315,9 +318,28 @@ class Search:
             for v, value in [*self._supplements(found.decision)]:
                 if self._left <= 0:
                     return
+                if value and not self._has_room(found, v, budget):
+                    continue
                 other = self._try(_changed(found.decision, v, value))
                 if other.peak <= budget and other.seconds < found.seconds:
                     found, improved = other, True
+
+    def _has_room(self, found: Found, v: int, budget: float) -> bool:
+        """Whether a value fits at the end of forward, without what it is computed again from."""
+        problem = self._problem
+        if problem.last[v] >= len(problem.forward) - 1:
+            return True  # it is there already
+        freed, seen, stack = 0.0, {v}, [*problem.operands[problem.producer[v]]]
+        while stack:
+            u = stack.pop()
+            if u in seen:
+                continue
+            seen.add(u)
+            if found.decision[u]:
+                freed += problem.sizes[u]
+            else:
+                stack += problem.operands[problem.producer[u]]
+        return found.kept + problem.sizes[v] - freed <= budget
 
     def _exchange(self, budget: float) -> None:
         """Changes the best that is known for less recomputation, and repairs what that breaks."""
