@@ -151,13 +151,13 @@ def _with_values(data: Any) -> Any:
     return data
 
 
-def fake_mode() -> FakeTensorMode:
-    """A mode for fakes that programs run on.
+def fake_mode(environment: Any = None) -> FakeTensorMode:
+    """A mode for fakes that programs run on; `environment` is the `ShapeEnv`, if sizes are symbols.
 
     Their address is refused; by default it would be zero, with a warning the first time.
     """
     with functorch_config.patch(fake_tensor_allow_unsafe_data_ptr_access=False):
-        return FakeTensorMode(allow_non_fake_inputs=True)
+        return FakeTensorMode(allow_non_fake_inputs=True, shape_env=environment)
 
 
 @contextlib.contextmanager

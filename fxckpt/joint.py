@@ -79,6 +79,7 @@ class Joint:
     writes: dict[str, Node]  # primal name -> its contents after forward
     grads: dict[str, tuple[Node, ...]]  # primal name -> contributions to its gradient, in order
     position: Position = ROOT
+    symbols: tuple[str, ...] = ()  # names in arguments, see `symbols`
 
     def forward_nodes(self) -> Iterator[Node]:
         """The operations of the forward phase, in execution order."""

@@ -49,6 +49,7 @@ from fxckpt.pure import Pure, pure
 from fxckpt.schedule import Choice, read_before_written
 from fxckpt.split import Split, backward_from, kept_bytes, split
 from fxckpt.state import Slot, substituted
+from fxckpt.symbols import Pattern, Sizes, at, pattern, sizes_of
 from fxckpt.tape import BackwardKey, Result, Tape
 from fxckpt.transforms import Transformed
 
@@ -59,9 +60,9 @@ Decide = Callable[[Joint], Collection[torch.fx.Node]]
 class Program:
     """One split of a captured callable, ready to run.
 
-    `backwards` are further backward graphs for the same residuals. `untried` holds what did not run
-    yet: the keys of backward graphs, None for forward. `compiled` has what Inductor made of graphs,
-    or is None if these run as they are.
+    `backwards` are further backward graphs for the same residuals. `tried` holds what ran: the keys
+    of backward graphs, None for forward, each with the sizes of the call. `compiled` has what
+    Inductor made of graphs, or is None if these run as they are.
     """
 
     joint: Joint
@@ -72,21 +73,27 @@ class Program:
     fragile: list[int]  # changed primals whose contents before the change matter
     written: list[int]  # all changed primals
     backwards: dict[BackwardKey, tuple[GraphModule, list[int]]]
-    untried: set[BackwardKey | None]
+    tried: set[tuple[BackwardKey | None, Sizes]]
     compiled: dict[BackwardKey | None, Compiled] | None
 
-    def run(self, key: BackwardKey | None, graph: GraphModule, values: list[Any]) -> Any:
+    def run(
+        self, key: BackwardKey | None, graph: GraphModule, values: list[Any], sizes: Sizes
+    ) -> Any:
         """Runs one of the graphs, as it was recorded, on a list that it empties.
 
         Raises:
-            Misfit: in the first run, if its results are not what capture foresaw.
+            Misfit: in the first run for these sizes, if its results are not what capture foresaw.
         """
-        if key in self.untried:
+        if (key, sizes) not in self.tried:
             with _as_recorded():
-                results = first_run.run(graph, values)
-            self.untried.discard(key)
+                results = first_run.run(graph, values, sizes)
+            if len(self.tried) >= _MOST_TRIED:
+                self.tried.clear()
+            self.tried.add((key, sizes))
             return results
         run = graph.forward if self.compiled is None else self._compiled(key, graph)
+        if sizes:
+            values.append(sizes)
         with _as_recorded():
             return run(values)
 
@@ -106,6 +113,7 @@ class _Call:
     program: Program
     module: torch.nn.Module | None
     inputs: Sequence[torch.Tensor]
+    sizes: Sizes
     primals: Sequence[torch.Tensor]
     versions: list[int]
     state: Any
@@ -123,6 +131,11 @@ class Standing:
 
     misfit: Misfit | None = None
     withdrawn: bool = False
+
+    @property
+    def is_good(self) -> bool:
+        """Whether it may run."""
+        return self.misfit is None and not self.withdrawn
 
 
 class Captured:
@@ -225,9 +238,17 @@ class Captured:
     def guards_hold(self, call: Call) -> bool:
         """Whether the values that Python read during capture are the same for these arguments."""
         changes, inputs = self.tape.changes, call.inputs
+        sizes = self.sizes_of(inputs)
+        if sizes and not self.tape.symbols.hold(sizes):
+            return False
         if changes.numbers and not changes.fit(call.parts()):
             return False
-        return all(g.holds(lambda name: self.lookup(name, inputs)) for g in self.tape.guards)
+        guards = self.tape.guards
+        return all(g.holds(lambda name: self.lookup(name, inputs), sizes) for g in guards)
+
+    def sizes_of(self, inputs: Sequence[torch.Tensor]) -> Sizes:
+        """What the symbols are in a call."""
+        return sizes_of(inputs) if self.tape.symbols.count else ()
 
     def __call__(self, arguments: Call) -> Any:
         """Runs forward on the arguments; returns what the callable returns.
@@ -236,7 +257,9 @@ class Captured:
             Misfit: see `first_run`; nothing has happened then.
         """
         program, inputs = self.program, arguments.inputs
-        copied = program.written if None in program.untried else program.fragile
+        sizes = self.sizes_of(inputs)
+        tried = (None, sizes) in program.tried
+        copied = program.fragile if tried else program.written
         with LOCK:  # another thread may be capturing, with other tensors in their places
             primals = self._primals(program, inputs)
         call = _Call(
@@ -244,6 +267,7 @@ class Captured:
             program,
             None if self._module is None else self._module(),
             inputs,
+            sizes,
             primals,
             [p._version for p in primals],
             self.state(),
@@ -312,19 +336,19 @@ class Captured:
 
     def _results(self, arguments: Call, run: Callable[[], Sequence[torch.Tensor]]) -> Any:
         """What the callable returns, and what it assigns, of the outputs of the graph."""
-        inputs = arguments.inputs
+        inputs, sizes = arguments.inputs, self.sizes_of(arguments.inputs)
         unique = {id(r): r for r in self.tape.results}
         # Views of primals first: in the model, they mostly come before what is computed from them,
         # and autograd adds up gradients in the reverse order.
         made = {
-            key: self._finish(result, self.lookup(result.origin, inputs))
+            key: self._finish(result, self.lookup(result.origin, inputs), sizes)
             for key, result in unique.items()
             if isinstance(result.origin, str)
         }
         outputs = run()
         for key, result in unique.items():
             if isinstance(result.origin, int):
-                made[key] = self._finish(result, outputs[result.origin])
+                made[key] = self._finish(result, outputs[result.origin], sizes)
         tensors = iter([made[id(r)] for r in self.tape.results])
         passed = arguments.parts() if self._needs_parts else ()
         result, values = tree.unflatten(self.tape.spec, tensors, passed)
@@ -332,9 +356,9 @@ class Captured:
         return result, values
 
     @staticmethod
-    def _finish(result: Result, tensor: torch.Tensor) -> torch.Tensor:
+    def _finish(result: Result, tensor: torch.Tensor, sizes: Sizes) -> torch.Tensor:
         """A result of the callable, from the tensor that it is a view of."""
-        for func, args, kwargs, index, grad in result.views:
+        for func, args, kwargs, index, grad in at(result.views, sizes) if sizes else result.views:
             with torch.set_grad_enabled(grad):
                 viewed = func(tensor, *args, **kwargs)
             tensor = viewed if index is None else viewed[index]
@@ -366,10 +390,11 @@ class Captured:
         with LOCK:
             if key not in program.backwards:
                 joint = self.tape.joint(key)
+                if call.sizes and not self.tape.symbols.hold(call.sizes):
+                    raise CaptureError("this backward is another for other sizes")
                 program.backwards[key] = backward_from(
                     joint, program.split, reuse=not self._compiles
                 )
-                program.untried.add(key)
                 self._expected = key
             return program.backwards[key]
 
@@ -378,7 +403,7 @@ class Captured:
     ) -> Any:
         """Gradients by a backward graph that did not run yet; generically if it does not fit."""
         try:
-            return call.program.run(key, graph, values)
+            return call.program.run(key, graph, values, call.sizes)
         except Misfit as misfit:
             self.standing.misfit = Misfit(misfit.op, misfit.learned)
         return self.run_again(call, cotangents)
@@ -498,11 +523,12 @@ class Captured:
             [positions[name] for name in read_before_written(joint)],
             [positions[name] for name in halves.written],
             {key: (halves.backward, [])},
-            {None, key},
+            set(),
             {} if self._compiles else None,
         )
 
 
+_MOST_TRIED = 1 << 14
 _FREED: Any = object()  # in place of a call whose backward is done
 
 
@@ -513,7 +539,7 @@ class _Function(torch.autograd.Function):
     def forward(ctx: Any, call: _Call, *primals: torch.Tensor) -> tuple[torch.Tensor, ...]:
         program = call.program
         results = program.run(
-            None, program.split.forward, list(primals[: len(program.split.primals)])
+            None, program.split.forward, list(primals[: len(program.split.primals)]), call.sizes
         )
         outputs = results[: len(program.joint.outputs)]
         ctx.set_materialize_grads(False)
@@ -540,7 +566,7 @@ class _Function(torch.autograd.Function):
         if torch.is_grad_enabled():
             return (None, *call.captured.run_again(call, cotangents))
         try:
-            key = _key(cotangents)
+            key = _key(cotangents, dynamic=bool(call.sizes))
             graph, extra = call.captured.backward_for(call, key)
         except CaptureError:
             return (None, *call.captured.run_again(call, cotangents))
@@ -549,11 +575,11 @@ class _Function(torch.autograd.Function):
         ctx.maybe_clear_saved_tensors()
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             ctx.call = _FREED
-        program = call.program
-        if key in program.untried:
+        program, sizes = call.program, call.sizes
+        if (key, sizes) not in program.tried:
             return (None, *call.captured.try_backward(call, key, graph, saved, cotangents))
         del cotangents, call
-        return (None, *program.run(key, graph, saved))
+        return (None, *program.run(key, graph, saved, sizes))
 
 
 @contextlib.contextmanager
@@ -566,9 +592,12 @@ def _as_recorded() -> Iterator[None]:
         yield
 
 
-def _key(cotangents: Sequence[torch.Tensor | None]) -> BackwardKey:
+def _key(cotangents: Sequence[torch.Tensor | None], *, dynamic: bool) -> BackwardKey:
+    def strides(c: torch.Tensor) -> Pattern:
+        return pattern(c.shape, c.stride())[0] if dynamic else c.stride()
+
     return BackwardKey(
-        tuple(None if c is None else (c.stride(), c.dtype) for c in cotangents), autocast_state()
+        tuple(None if c is None else (strides(c), c.dtype) for c in cotangents), autocast_state()
     )
 
 
