@@ -41,7 +41,7 @@ from fxckpt.places import ROOT, Places, Position
 from fxckpt.reads import Reads, attributes_read
 from fxckpt.recorder import Recorder
 from fxckpt.state import Assignment, Held, held_tensors, substituted
-from fxckpt.symbols import SYMBOLIC, Symbols, hints
+from fxckpt.symbols import SYMBOLIC, Symbols, are_in, hints
 from fxckpt.tape import Result, Tape, reported
 from fxckpt.values import Guard, evaluate, is_readable, make_guard, summary
 
@@ -274,7 +274,7 @@ class _Session:
         primals, compute = make_guard(recorder.graph, func, *nodes, self.real, self.symbols)
         value = evaluate(compute, (self.real[p] for p in primals), self.symbols.sizes)
         by_node = {p.node: p for p in self.primals.values()}
-        if any(by_node[n].kind != "literal" for n in primals):
+        if any(by_node[n].kind != "literal" for n in primals) or are_in(compute.graph):
             names = tuple(by_node[n].name for n in primals)
             self.guards.append(Guard(names, compute, summary(value)))
         if isinstance(value, torch.Tensor):

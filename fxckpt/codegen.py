@@ -32,13 +32,19 @@ class AnnotatedCodeGen(_BoxedCodeGen):
         super().__init__()
         self._symbols = symbols
 
+    def gen_fn_def(self, *args: Any, **kwargs: Any) -> str:
+        """The beginning of the function, as torch has it, with symbols."""
+        definition: str = super().gen_fn_def(*args, **kwargs)
+        if not self._symbols:
+            return definition
+        signature, *rest = definition.split("\n")
+        return "\n".join([signature, f"    ({', '.join(self._symbols)},) = args_list.pop()", *rest])
+
     def _gen_python_code(self, nodes: Any, *args: Any, **kwargs: Any) -> PythonCode:
         regions = {node.name: node.meta.get("region", "") for node in nodes}
         code = super()._gen_python_code(nodes, *args, **kwargs)
         lines, current = [], ""
         for line in code.src.split("\n"):
-            if self._symbols and line.endswith("args_iter = iter(args_list)"):
-                lines.append(f"    {', '.join(self._symbols)}, = args_list.pop()")
             match = _ASSIGNMENT.match(line)
             region = regions.get(match[1], current) if match else current
             if region != current and region:

@@ -157,7 +157,10 @@ def fake_mode(environment: Any = None) -> FakeTensorMode:
     Their address is refused; by default it would be zero, with a warning the first time.
     """
     with functorch_config.patch(fake_tensor_allow_unsafe_data_ptr_access=False):
-        return FakeTensorMode(allow_non_fake_inputs=True, shape_env=environment)
+        mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=environment)
+    # What is kept of operations on symbols costs more than it saves.
+    mode.cache_enabled = mode.cache_enabled and environment is None
+    return mode
 
 
 @contextlib.contextmanager

@@ -386,6 +386,11 @@ def padded(x: torch.Tensor, pad: Sequence[int], value: float = 0) -> torch.Tenso
     return decomposition_table[aten.constant_pad_nd.default](x, pad, value)
 
 
+def decomposed(func: OpOverload) -> Callable[..., Any] | None:
+    """An operation as torch decomposes it, which tells the shape of the result; None if it does not."""
+    return decomposition_table.get(func)
+
+
 OWN: dict[OpOverload, Callable[..., Any]] = {
     torch.ops.aten._grouped_mm.default: grouped_mm,
     torch.ops.aten.constant_pad_nd.default: padded,

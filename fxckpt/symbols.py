@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch._dynamo.source import ConstantSource
+from torch.fx import Graph
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StrictMinMaxConstraint
 from torch.fx.node import map_aggregate
 from torch.utils._sympy.functions import FloatTrueDiv, IntTrueDiv, ToFloat
@@ -180,6 +181,19 @@ def _at(value: Any, sizes: Sizes) -> Any:
     if isinstance(value, (Size, Quotient)):
         return _function(value.source, len(sizes))(*sizes)
     return value
+
+
+def are_in(graph: Graph) -> bool:
+    """Whether a number in a graph follows from symbols."""
+    found: list[Any] = []
+
+    def look(value: Any) -> None:
+        if isinstance(value, (Size, Quotient)):
+            found.append(value)
+
+    for node in graph.nodes:
+        map_aggregate((node.args, node.kwargs), look)
+    return bool(found)
 
 
 def plainly(tree: Any) -> Any:
@@ -370,6 +384,12 @@ class _Printer(PythonPrinter):
         super().__init__()
         self.names: dict[Any, str] = {}
 
+    def _print_ToFloat(self, expression: Any) -> str:
+        return f"float({self._print(expression.args[0])})"
+
+    def _print_OpaqueUnaryFn_sqrt(self, expression: Any) -> str:
+        return f"math.sqrt({self._print(expression.args[0])})"
+
     def _print_Symbol(self, symbol: Any) -> str:
         if symbol not in self.names:
             raise CaptureError("a size depends on the contents of a tensor")
@@ -434,13 +454,26 @@ class Concrete:
             number(storage.nbytes()),
             _is_contiguous(fake),
         )
+        offset, size, stride = plainly((looks.offset, looks.size, looks.stride))
+        base = self._storages.get(storage._cdata)
         with torch.no_grad(), self._mode:
-            if storage._cdata not in self._storages:
-                blank = torch.empty(looks.bytes + 0, dtype=torch.uint8, device=fake.device)
-                self._storages[storage._cdata] = blank
-            memory = self._storages[storage._cdata].untyped_storage()
-            size, stride = plainly(looks.size), plainly(looks.stride)
-            made = torch.empty(0, dtype=fake.dtype, device=fake.device)
-            made.set_(memory, looks.offset + 0, size, stride)
+            if base is None and offset == 0:
+                made = torch.empty_strided(size, stride, dtype=fake.dtype, device=fake.device)
+                if made.untyped_storage().nbytes() == looks.bytes:
+                    return self._known_as(made, storage, looks)
+            if base is None:
+                base = torch.empty(looks.bytes + 0, dtype=torch.uint8, device=fake.device)
+                self._storages[storage._cdata] = base
+            if base.dtype == fake.dtype:
+                made = base.as_strided(size, stride, offset)
+            else:
+                made = torch.empty(0, dtype=fake.dtype, device=fake.device)
+                made.set_(base.untyped_storage(), offset, size, stride)
+        made.__dict__["_fxckpt_looks"] = looks
+        return made
+
+    def _known_as(self, made: torch.Tensor, storage: Any, looks: Looks) -> torch.Tensor:
+        """A fake that has the memory of a storage to itself so far."""
+        self._storages[storage._cdata] = made
         made.__dict__["_fxckpt_looks"] = looks
         return made

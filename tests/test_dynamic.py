@@ -1,12 +1,12 @@
 """One capture for calls of many sizes: `rewrite(dynamic=True)`."""
 
 import random
-import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from helpers import assert_same_training, captures, sgd
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
@@ -18,9 +18,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-import fxckpt
 from fxckpt.installation import runner_of
-from helpers import assert_same_training, captures, joint_of, sgd, train
 
 VOCABULARY = 64
 POLICIES = ("nothing", "dots", "attention", "block", "sqrt")
