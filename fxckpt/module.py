@@ -259,8 +259,8 @@ def _require_combinable(*, dynamic: bool, compile: bool, planned: bool) -> None:
         )
     if dynamic and planned:
         raise BudgetError(
-            "rewrite(..., dynamic=True): a plan is for the sizes of one call. Leave out dynamic=, or "
-            "give a policy instead of a budget or a plan"
+            "rewrite(..., dynamic=True): a plan is for the sizes of one call. Leave out dynamic=, "
+            "or give a policy instead of a budget or a plan"
         )
 
 

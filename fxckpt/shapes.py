@@ -387,7 +387,7 @@ def padded(x: torch.Tensor, pad: Sequence[int], value: float = 0) -> torch.Tenso
 
 
 def decomposed(func: OpOverload) -> Callable[..., Any] | None:
-    """An operation as torch decomposes it, which tells the shape of the result; None if it does not."""
+    """An operation as torch decomposes it, if it does, which tells the shape of the result."""
     return decomposition_table.get(func)
 
 
