@@ -50,6 +50,7 @@ class Memory:
     """Replays decisions on one joint graph, and tells a planner what it needs for a linear model.
 
     Attributes:
+        joint: What is replayed.
         values: What can be saved or not: one value for each storage, in forward order. Left out are
             values for which there is no choice: those smaller than what it takes to draw them
             again, running statistics, and memory without contents.
@@ -87,7 +88,7 @@ class Memory:
         workspaces: bool = True,
         eager: bool = False,
     ) -> None:
-        self._joint, self._outputs_held = joint, outputs_held
+        self.joint, self._outputs_held = joint, outputs_held
         self._scheduler = Scheduler(joint)
         self._reinplacer = Reinplacer(self._scheduler, eager=eager)
         nodes = [*joint.forward_nodes(), *joint.backward_nodes()]
@@ -126,12 +127,12 @@ class Memory:
         ledger.run(schedule.forward, scheduler.reads, needless.forward)
         ledger.now += 1  # backward starts
         boundary = ledger.now
-        outputs, residuals = ledger.of(self._joint.outputs), ledger.of(schedule.residuals)
+        outputs, residuals = ledger.of(self.joint.outputs), ledger.of(schedule.residuals)
         ledger.keep({*held, *outputs, *residuals, *ledger.of(needless.unwritten.values())})
         ledger.hand_on(schedule.residuals)
-        for node in self._joint.cotangents:
+        for node in self.joint.cotangents:
             ledger.place(node, allocated(node.meta["val"]))
-        given = ledger.of(self._joint.cotangents)
+        given = ledger.of(self.joint.cotangents)
         pure = self._reinplacer.pure_again
         ledger.run(schedule.backward, scheduler.reads_again, needless.backward, pure)
         if self._outputs_held:

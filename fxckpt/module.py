@@ -166,7 +166,7 @@ def rewrite_(
             f"rewrite(..., units={units!r}): a budget and a plan are for the model as one unit. "
             'Leave out units=, or give a policy such as "block"'
         )
-    _require_combinable(dynamic=dynamic, compile=compile, planned=not nests)
+    _require_combinable(dynamic=dynamic, compile=compile)
     if is_rewritten(model):
         restore_(model)
     by_index = nests and policies.may_tell_apart(policy, save, recompute)
@@ -249,18 +249,13 @@ def _planned(
 # -- checks
 
 
-def _require_combinable(*, dynamic: bool, compile: bool, planned: bool) -> None:
+def _require_combinable(*, dynamic: bool, compile: bool) -> None:
     if not isinstance(dynamic, bool):
         raise FxckptError(f"rewrite(..., dynamic={dynamic!r}): expected True or False")
     if dynamic and compile:
         raise FxckptError(
             "rewrite(..., dynamic=True, compile=True): graphs are compiled for the sizes of one "
             "call. Leave out one of the two"
-        )
-    if dynamic and planned:
-        raise BudgetError(
-            "rewrite(..., dynamic=True): a plan is for the sizes of one call. Leave out dynamic=, "
-            "or give a policy instead of a budget or a plan"
         )
 
 

@@ -263,9 +263,10 @@ class Recorder(TorchDispatchMode):
         except DynamicOutputShapeException:
             return self._read(func, args, kwargs)
         except RuntimeError:  # a kernel that asks for plain numbers
-            if not self.symbols.count or (kernel := shapes.decomposed(func)) is None:
+            decomposed = shapes.decomposed(func) if self.symbols.count else None
+            if decomposed is None:
                 raise
-            out = kernel(*args, **kwargs)
+            out = decomposed(*args, **kwargs)
         return shapes.corrected(func, args, kwargs, out)
 
     def _keep_geometry(self, tensor: torch.Tensor) -> None:

@@ -41,6 +41,7 @@ from fxckpt.errors import BudgetError, CaptureError, FxckptError
 from fxckpt.first_run import Misfit
 from fxckpt.inductor import Compiled
 from fxckpt.joint import Joint
+from fxckpt.lean import lean
 from fxckpt.levels import outside_of_transforms
 from fxckpt.locks import LOCK
 from fxckpt.modes import AutocastState, autocast_as, autocast_state
@@ -56,7 +57,7 @@ from fxckpt.transforms import Transformed
 Decide = Callable[[Joint], Collection[torch.fx.Node]]
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(slots=True, eq=False)
 class Program:
     """One split of a captured callable, ready to run.
 
@@ -75,6 +76,7 @@ class Program:
     backwards: dict[BackwardKey, tuple[GraphModule, list[int]]]
     tried: set[tuple[BackwardKey | None, Sizes]]
     compiled: dict[BackwardKey | None, Compiled] | None
+    sizes: Sizes  # that it was decided for
 
     def run(
         self, key: BackwardKey | None, graph: GraphModule, values: list[Any], sizes: Sizes
@@ -174,8 +176,10 @@ class Captured:
         self._needs_parts = bool(tape.changes.numbers) or tree.mentions_known(tape.spec)
         self._sources: Mapping[str, Slot] = {p.name: p.source for p in tape.primals}
         self._programs: dict[BackwardKey, Program] = {}
+        self._fitting: dict[tuple[BackwardKey, Sizes], Program] = {}  # of plans with symbols
         self._slots: dict[int, list[Slot]] = {}  # by id of the program
         self._expected = tape.expected_backward()
+        self.latest = tape.symbols.sizes  # what the symbols were in the latest call
         self._differentiable = [t.requires_grad for t in tape.outputs]
         random = [n for n in self.program.joint.forward_nodes() if ops.node_is_random(n)]
         self._random_devices = sorted({ops.node_device(n) for n in random}, key=str)
@@ -205,6 +209,15 @@ class Captured:
         """Whether any result can get a gradient; if not, there is nothing to keep."""
         return any(self._differentiable)
 
+    def seen(self, sizes: Sizes) -> tuple[Joint, Joint, Choice]:
+        """The graph that is decided on, that which runs, and what is decided, for other sizes."""
+        program = self.program_for(sizes)
+        given = self.tape.joint(self._expected, sizes)
+        joint = program.joint
+        if program.sizes != sizes:
+            joint = given if program.choice.joint is None else lean(given)
+        return given, joint, program.choice.of_graph(joint)
+
     @functools.cached_property
     def saves_memory(self) -> bool:
         """Whether less is kept for backward than if all were saved."""
@@ -224,6 +237,30 @@ class Captured:
                         raise
                     self._expected = next(iter(self._programs))  # its residuals serve, too
             return self._programs[self._expected]
+
+    def program_for(self, sizes: Sizes) -> Program:
+        """The program for a call with these sizes: what a plan decides depends on them."""
+        adapted = getattr(self._decide, "adapted", None)
+        if not sizes or adapted is None:
+            return self.program
+        with LOCK:
+            program, key = self.program, self._expected
+            self._fitting.setdefault((key, self.tape.symbols.sizes), program)
+            if (key, sizes) not in self._fitting:
+                if len(self._fitting) >= _MOST_TRIED:
+                    self._fitting.clear()
+                made = dict.fromkeys(p for (k, _), p in self._fitting.items() if k == key)
+                joint = self.tape.joint(key, sizes)
+                try:
+                    choice = adapted(joint, [p.choice for p in made])
+                except BudgetError:
+                    others = [p for (_, s), p in self._fitting.items() if s == sizes]
+                    if not others:
+                        raise
+                    return others[-1]  # of another pattern of gradients; its residuals serve, too
+                known = next((p for p in made if p.choice is choice), None)
+                self._fitting[key, sizes] = known or self._split(key, joint, choice)
+            return self._fitting[key, sizes]
 
     @property
     def given(self) -> Joint:
@@ -256,8 +293,9 @@ class Captured:
         Raises:
             Misfit: see `first_run`; nothing has happened then.
         """
-        program, inputs = self.program, arguments.inputs
-        sizes = self.sizes_of(inputs)
+        inputs = arguments.inputs
+        self.latest = sizes = self.sizes_of(inputs)
+        program = self.program_for(sizes)
         tried = (None, sizes) in program.tried
         copied = program.fragile if tried else program.written
         with LOCK:  # another thread may be capturing, with other tensors in their places
@@ -511,7 +549,10 @@ class Captured:
         return joint, with_nests(joint, choice)
 
     def _compile(self, key: BackwardKey) -> Program:
-        joint, choice = self._chosen(key)
+        return self._split(key, *self._chosen(key))
+
+    def _split(self, key: BackwardKey, joint: Joint, choice: Choice) -> Program:
+        joint = choice.joint or joint
         halves = split(joint, choice, reuse=not self._compiles)
         positions = {name: i for i, name in enumerate(halves.primals)}
         return Program(
@@ -525,6 +566,7 @@ class Captured:
             {key: (halves.backward, [])},
             set(),
             {} if self._compiles else None,
+            joint.sizes,
         )
 
 

@@ -199,10 +199,12 @@ def are_in(graph: Graph) -> bool:
 def plainly(tree: Any) -> Any:
     """Arguments with plain numbers: those of the call that they were made for."""
 
-    def plain(value: Any) -> Any:
-        return value + 0 if isinstance(value, (Size, Quotient)) else value
-
     return map_aggregate(tree, plain)
+
+
+def plain(value: Any) -> Any:
+    """A plain number, if it is one that follows from symbols; else the value."""
+    return value + 0 if isinstance(value, (Size, Quotient)) else value
 
 
 def name_of(number: int) -> str:
@@ -244,6 +246,17 @@ def _expressions(value: Any) -> Any:
 
 
 # -- a capture
+
+
+def blank(like: torch.Tensor) -> torch.Tensor:
+    """A fake of one element, expanded to the size of another one."""
+    seen = looks(like)
+    size, stride = plainly([*seen.size]), [0] * len(seen.size)
+    with like.fake_mode:  # type: ignore[attr-defined]
+        made = torch.empty_strided(size, stride, dtype=like.dtype, device=like.device)
+    stored = made.untyped_storage().nbytes()
+    made.__dict__["_fxckpt_looks"] = Looks(seen.size, tuple(stride), 0, stored, False)
+    return made
 
 
 class Symbols:

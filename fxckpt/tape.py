@@ -384,6 +384,7 @@ def _extract(tape: Tape, recorded: _Recorded, sizes: Sizes) -> Joint:
         {name: tuple(copies[n] for n in each) for name, each in grads.items()},
         tape.places.position,
         tape.symbols.names,
+        sizes,
     )
 
 

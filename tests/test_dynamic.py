@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import adamw, assert_same_training, captures, sgd
+from helpers import (
+    LiveBytes,
+    adamw,
+    all_dispatched,
+    assert_same_training,
+    captures,
+    chain,
+    sgd,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -615,6 +623,104 @@ def test_blocks_share_one_capture_for_all_sizes() -> None:
     # The first one gets the argument of the model, which is a leaf.
     assert len({id(c.tape) for c in captures(model)}) == 2
     assert all(c.tape.symbols.count for c in captures(model))
+
+
+# --- budgets --------------------------------------------------------------------------------------
+
+
+def held(model: nn.Module, x: Tensor) -> int:
+    """The peak of a step, in bytes."""
+    model.zero_grad()
+    with all_dispatched(LiveBytes()) as memory:
+        square(model(x)).backward()
+    return memory.peak
+
+
+def recomputed(model: nn.Module, x: Tensor) -> int:
+    """How many values are computed again in a call."""
+    return sum(row.times for row in fxckpt.explain(model, x).rows)
+
+
+def test_a_budget_holds_for_all_sizes_with_one_capture() -> None:
+    model = chain(12, 16)
+    budget = int(0.7 * held(model, torch.ones(2048, 16)))
+    lean = fxckpt.rewrite(model, budget=budget, dynamic=True, strict=True, planning_seconds=0.5)
+    found = {}
+    for size in (2048, 512, 2000, 2400, 2048, 2300, 600):
+        x = torch.randn(size, 16)
+        model.zero_grad()
+        square(model(x)).backward()
+        expected = [p.grad for p in model.parameters()]
+        for _ in range(2):
+            assert held(lean, x) <= budget + x.nbytes  # the loss is computed outside of the model
+            assert all(
+                torch.equal(p.grad, e) for p, e in zip(model.parameters(), expected, strict=True)
+            )
+        found[size] = recomputed(lean, x)
+    assert len(captures(lean)) == 1
+    assert found[512] == found[600] == 0 < found[2000] <= found[2048] <= found[2400]
+    with pytest.raises(fxckpt.BudgetError, match="no plan fits"):
+        lean(torch.randn(1 << 16, 16))
+
+
+def deep() -> nn.Module:
+    """Convolutions, whose inputs backward reads for their shape alone."""
+    layers: list[nn.Module] = []
+    for width in (3, 8, 8, 8, 8):
+        layers += [nn.Conv2d(width, 8, 3, padding=1), nn.BatchNorm2d(8), nn.GELU()]
+    return nn.Sequential(*layers, nn.AvgPool2d(2), nn.Flatten(2))
+
+
+def test_a_fraction_is_that_of_each_size() -> None:
+    options = {"budget": 0.8, "planning_seconds": 0.5}
+    model = run((deep, images, square), pairs(5), None, **options)
+    assert not reasons(model)
+    assert len(captures(model)) == 1
+    for size in [*pairs(5), (9, 20)]:
+        report = fxckpt.explain(model, images(*size))
+        assert report.peak <= 0.8 * report.eager_peak
+    assert "empty_strided" in fxckpt.graphs(model)[1].code
+
+
+def test_a_plan_serves_other_sizes() -> None:
+    model = chain(8, 16)
+    plan = fxckpt.plan(model, torch.ones(64, 16), budget=0.7, planning_seconds=0.5)
+    lean = fxckpt.rewrite(model, plan=plan, dynamic=True, strict=True)
+    for size in (64, 50, 64, 68):
+        assert recomputed(lean, torch.ones(size, 16)) > 0
+        assert fxckpt.explain(lean, torch.ones(size, 16)).peak <= plan.budget
+    assert len(captures(lean)) == 1
+
+
+# --- reports --------------------------------------------------------------------------------------
+
+
+def test_reports_are_about_the_sizes_of_the_call() -> None:
+    model = fxckpt.rewrite(Mlp(), "dots", dynamic=True, strict=True)
+    for size in SIZES:
+        square(model(tokens(*size))).backward()
+    report = fxckpt.explain(model)
+    other = fxckpt.explain(model, tokens(7, 20))
+    assert report.captures == other.captures == 1
+    assert "Captured 1 times so far" in str(report)
+    assert {row.shape[0] for row in report.rows if len(row.shape) == 3} == {SIZES[-1][0]}
+    assert {row.shape[0] for row in other.rows if len(row.shape) == 3} == {7}
+    assert other.saved > report.saved
+    static = fxckpt.rewrite(Mlp(), "dots", strict=True)
+    assert fxckpt.explain(static, tokens(7, 20)).rows == other.rows
+    assert fxckpt.explain(static, tokens(7, 20)).captures is None
+
+
+def test_reports_say_why_sizes_are_captured_one_by_one() -> None:
+    def showing(f: nn.Module, x: Tensor) -> Tensor:
+        return f(x) if isinstance(x.shape[1], int) else f(x).tanh()
+
+    model = fxckpt.rewrite(Program(showing), "dots", dynamic=True, strict=True)
+    for size in SIZES[:3]:
+        model(tokens(*size)).sum().backward()
+    report = fxckpt.explain(model)
+    assert report.captures == 3
+    assert report.warnings[-1].startswith("captured size by size: forward does something else")
 
 
 # --- what is checked ------------------------------------------------------------------------------
