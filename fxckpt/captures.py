@@ -56,7 +56,15 @@ class Options:
 
 
 class _OfOneSize(Exception):
-    """No capture can serve other sizes than those of its own call: the reason."""
+    """No capture can serve other sizes than those of its own call.
+
+    Args:
+        reason: Why.
+    """
+
+    def __init__(self, reason: CaptureError) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
 
 
 Key = tuple[int | None, Hashable]  # state of the module; modes and arguments
@@ -183,7 +191,7 @@ class Captures:
                     return self._found_for(key, module, call, shared=True)
                 except _OfOneSize as error:
                     self._known.pop(key, None)
-                    self.of_one_size[key[1]] = str(error)
+                    self.of_one_size[key[1]] = str(error.reason)
         return self._found_for(self.signature(module, call), module, call, shared=False)
 
     def _found_for(
@@ -200,7 +208,9 @@ class Captures:
         found = next((c for c in known if c.guards_hold(call)), None)
         if found is not None and not found.standing.is_good:
             if shared:
-                raise _OfOneSize("its results look different from what their fakes say")
+                raise _OfOneSize(
+                    CaptureError("its results look different from what their fakes say")
+                )
             known.remove(found)
             if found.standing.misfit is not None:
                 self._count_misfit(key, found.standing.misfit)
@@ -232,7 +242,7 @@ class Captures:
         if alike is not None:
             return self._added(alike, module, call, shared=shared)
         if shared and len(self._latest(key)) >= _MOST_SHARED:
-            raise _OfOneSize("forward treats too many sizes as cases of their own")
+            raise _OfOneSize(CaptureError("forward treats too many sizes as cases of their own"))
         self._require_hope(key)
         reads: Reads = set()
         error, captured = None, None
@@ -267,8 +277,8 @@ class Captures:
                 if general.is_like(tape):
                     return general
         except CaptureError as error:
-            raise _OfOneSize(str(error)) from error
-        raise _OfOneSize("forward does something else with symbols than with numbers")
+            raise _OfOneSize(error) from error
+        raise _OfOneSize(CaptureError("forward does something else with symbols than with numbers"))
 
     def _added(
         self, captured: Captured, module: nn.Module, call: Call, *, shared: bool
@@ -331,12 +341,12 @@ class Captures:
             again = self._tape(module, call, set())
         except CaptureError as error:
             if shared:
-                raise _OfOneSize(str(error)) from error
+                raise _OfOneSize(error) from error
             self._refuse(key, error)
         if again.fingerprint() != found.tape.fingerprint(found.sizes_of(call.inputs)):
             found.standing.withdrawn = True
             if shared:
-                raise _OfOneSize("forward does something else with other sizes")
+                raise _OfOneSize(CaptureError("forward does something else with other sizes"))
             self._known[key] = CaptureError(
                 "forward does something else when it is called again",
                 hint="Decide on the time, files, counters and the like outside of the model.",

@@ -197,7 +197,7 @@ def run(case: Case, sizes: list[tuple[int, int]], policy: Any, **options: Any) -
 
 def reasons(model: nn.Module) -> list[str]:
     """Why calls are captured size by size."""
-    return [*runner_of(model).captures.of_one_size.values()]
+    return [why.rstrip(".") for why in runner_of(model).captures.of_one_size.values()]
 
 
 # --- one capture for many sizes -------------------------------------------------------------------
@@ -217,14 +217,14 @@ def test_200_sizes_have_at_most_3_captures(name: str) -> None:
     assert len(captures(model)) <= 3
 
 
-@pytest.mark.parametrize("policy", ["nothing", "attention", "block", "sqrt"])
+@pytest.mark.parametrize("policy", ["attention", "block", "sqrt"])
 def test_policies_serve_all_sizes(policy: str) -> None:
     model = run(CASES["gpt2"], pairs(5), policy)
     assert not reasons(model)
     assert len(captures(model)) == 1
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if n not in ("mlp", "gpt2")])
+@pytest.mark.parametrize("name", ["llama", pytest.param("bert", marks=SLOW), "convnet", "encoder"])
 def test_few_sizes(name: str) -> None:
     model = run(CASES[name], pairs(4, batch=5, length=12), "nothing")
     assert not reasons(model)
@@ -733,14 +733,15 @@ def test_a_fake_kernel_that_is_wrong_for_some_sizes(monkeypatch: pytest.MonkeyPa
     def wrong(func: Any, args: Any, kwargs: Any, out: Any) -> Any:
         out = right(func, args, kwargs, out)
         if func is torch.ops.aten.sin.default and symbols.is_symbolic(out.shape[1]):
-            # Right for 5, and wrong for all others.
-            size = out.shape[1]
-            return torch.empty_strided(out.shape, (size * 8, 1, size + 3 - size // 2 * 0 - 3))
+            length = out.shape[1]  # right for 5
+            return torch.empty_strided(out.shape, (length * 8, length + 3, 1))
         return out
 
     monkeypatch.setattr(shapes, "corrected", wrong)
+    model = run_program(lambda f, x: f(x).sin().cos(), SIZES[:1] * 2)
+    assert not reasons(model)
     model = run_program(lambda f, x: f(x).sin().cos(), SIZES[:4])
-    assert len(reasons(model)) == 1
+    assert reasons(model) == ["its results look different from what their fakes say"]
 
 
 def test_forward_that_does_something_else_for_other_sizes() -> None:
@@ -817,7 +818,7 @@ STEPS: tuple[Callable[[nn.Module, Tensor], Tensor], ...] = (
     st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=2, max_size=4),
     st.sampled_from(("nothing", "dots", "everything")),
 )
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_random_programs(steps: Any, sizes: Any, policy: str) -> None:
     def program(f: nn.Module, x: Tensor) -> Tensor:
         for step in steps:
