@@ -33,7 +33,7 @@ from fxckpt.parts import CastOnce, Parts, has_forward, is_composed
 from fxckpt.places import Position, stack_level_of_user
 from fxckpt.runtime import Captured
 from fxckpt.selectors import is_below, listed
-from fxckpt.unit import Unit, run_within
+from fxckpt.unit import Unit, run_traced, run_within
 
 Units = str | Iterable[str] | None
 
@@ -62,8 +62,10 @@ class Blocks:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs the module's forward, its blocks by their units if gradients may be wanted."""
-        if not (module.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+        if not (module.training and torch.is_grad_enabled()):
             return original_forward(module)(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return run_traced(module, args, kwargs)
         if self._structure != _structure(self._containers):
             self.parts = self._found(module)
         with self.parts.in_place():
@@ -149,8 +151,10 @@ class Undecided:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs the forward by what is decided, if gradients may be wanted."""
-        if not (module.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+        if not (module.training and torch.is_grad_enabled()):
             return original_forward(module)(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return run_traced(module, args, kwargs)
         if is_capturing():  # something around it; that does not change it
             return run_within(self.options, module, args, kwargs)
         return self._decided(module)(module, args, kwargs)

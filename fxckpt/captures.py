@@ -21,6 +21,7 @@ from fxckpt.installation import original_forward
 from fxckpt.kin import Kin, forward_of
 from fxckpt.levels import Twins, outside_of_transforms, samples
 from fxckpt.locks import LOCK
+from fxckpt.modes import compiles_halves
 from fxckpt.places import Position
 from fxckpt.reads import Reads
 from fxckpt.runtime import Captured, Decide
@@ -322,7 +323,7 @@ class Captures:
             call.spec,
             module,
             state,
-            compile=options.compile,
+            compile=options.compile or compiles_halves(),
             decompose=options.decompose,
         )
 

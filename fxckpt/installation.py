@@ -15,6 +15,7 @@ import copy
 import copyreg
 import functools
 import inspect
+import itertools
 import types
 import weakref
 from collections.abc import Callable
@@ -28,6 +29,8 @@ from fxckpt.errors import FxckptError
 M = TypeVar("M", bound=nn.Module)
 _UNIT = "_fxckpt_unit"
 _HIDDEN = "_fxckpt_forward"  # a forward that was an attribute of the instance
+_NUMBER = "_fxckpt_number"  # by which what is compiled finds the module
+_OURS = (_UNIT, _HIDDEN, _NUMBER)
 _MARK = "_fxckpt_original"  # the class that a class of ours stands for
 _NAMING = ("__name__", "__qualname__", "__module__", "__doc__", "__annotations__")
 
@@ -49,6 +52,7 @@ def install(model: nn.Module, runner: Any) -> None:
     """Makes a module run its forward by `runner`."""
     sub = _subclass(type(model))
     model.__dict__[_UNIT] = runner
+    _give_number(model)
     if "forward" in model.__dict__:  # as accelerate does
         model.__dict__[_HIDDEN] = model.__dict__.pop("forward")
     model.__class__ = sub
@@ -72,13 +76,33 @@ def uninstall(model: nn.Module) -> None:
         )
     model.__class__ = original_class(type(model))
     model.__dict__.update(_without_runner(model.__dict__))
-    for key in (_UNIT, _HIDDEN):
+    for key in _OURS:
         model.__dict__.pop(key, None)
 
 
 def is_runner(attribute: str) -> bool:
     """Whether an attribute of a module holds what was installed on it."""
-    return attribute in (_UNIT, _HIDDEN)
+    return attribute in _OURS
+
+
+def _give_number(model: nn.Module) -> None:
+    number = model.__dict__[_NUMBER] = next(_numbers)
+    _numbered[number] = model
+
+
+_numbers = itertools.count()
+_numbered: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
+
+
+def number_of(model: nn.Module) -> int:
+    """A number that stands for a module on which something was installed."""
+    number: int = model.__dict__[_NUMBER]
+    return number
+
+
+def module_of(number: int) -> nn.Module:
+    """The module that a number stands for."""
+    return _numbered[number]
 
 
 def installed(model: nn.Module) -> Any:
@@ -127,7 +151,7 @@ def _unnoticed(model: nn.Module) -> dict[str, Any]:
 
 
 def _without_runner(attributes: dict[str, Any]) -> dict[str, Any]:
-    kept = {k: v for k, v in attributes.items() if k not in (_UNIT, _HIDDEN)}
+    kept = {k: v for k, v in attributes.items() if k not in _OURS}
     return {**kept, "forward": attributes[_HIDDEN]} if _HIDDEN in attributes else kept
 
 
@@ -221,7 +245,7 @@ def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
 
 def _copy(self: M) -> M:
     if not _is_ours(type(self)):
-        return _derived(self, self.__dict__)
+        return _renumbered(_derived(self, self.__dict__))
     return _with_runner(copy.copy(plain(self)), self)
 
 
@@ -229,7 +253,7 @@ def _deepcopy(self: M, memo: dict[int, Any]) -> M:
     if not _is_ours(type(self)):
         memo[id(self)] = new = _derived(self, {})
         new.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return new
+        return _renumbered(new)
     model = plain(self)
     if hasattr(type(model), "__deepcopy__"):
         new = copy.deepcopy(model, memo)
@@ -246,6 +270,12 @@ def _deepcopy(self: M, memo: dict[int, Any]) -> M:
 def _derived(model: M, attributes: dict[str, Any]) -> M:
     new: M = object.__new__(type(model))
     new.__dict__.update(attributes)
+    return new
+
+
+def _renumbered(new: M) -> M:
+    if _NUMBER in new.__dict__:
+        _give_number(new)
     return new
 
 

@@ -7,6 +7,7 @@ import logging
 import random
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -160,7 +161,16 @@ def fake_mode(environment: Any = None) -> FakeTensorMode:
         mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=environment)
     # What is kept of operations on symbols costs more than it saves.
     mode.cache_enabled = mode.cache_enabled and environment is None
+    _own_modes.add(mode)
     return mode
+
+
+def stands_for_real(tensor: torch.Tensor) -> bool:
+    """Whether a fake was made for a real tensor, not by a program that runs on fakes itself."""
+    return getattr(tensor, "fake_mode", None) in _own_modes
+
+
+_own_modes: weakref.WeakSet[FakeTensorMode] = weakref.WeakSet()
 
 
 @contextlib.contextmanager

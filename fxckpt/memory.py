@@ -88,29 +88,29 @@ class Memory:
         workspaces: bool = True,
         eager: bool = False,
     ) -> None:
-        self.joint, self._outputs_held = joint, outputs_held
-        self._scheduler = Scheduler(joint)
-        self._reinplacer = Reinplacer(self._scheduler, eager=eager)
+        self.joint, self.outputs_held = joint, outputs_held
+        self.scheduler = Scheduler(joint)
+        self.reinplacer = Reinplacer(self.scheduler, eager=eager)
         nodes = [*joint.forward_nodes(), *joint.backward_nodes()]
-        self._facts = {n: Fact.of(n, self._reinplacer, workspaces) for n in nodes}
-        self._held_by_call = _held_by_call(joint)
+        self.facts = {n: Fact.of(n, self.reinplacer, workspaces) for n in nodes}
+        self.held_by_call = _held_by_call(joint)
         self.values = [
             n
             for n in joint.forward_nodes()
-            if is_value(n) and self._root(n) is n and self._scheduler.has_choice(n)
+            if is_value(n) and self._root(n) is n and self.scheduler.has_choice(n)
         ]
         outputs = {self._root(n) for n in joint.outputs if outputs_held}
         self.cost = {
             n: 0 if n in outputs else allocated_for_result(n, n.meta["val"]) for n in self.values
         }
         self.inputs_of = {
-            n: self._values_read(self._scheduler.reads_again[n])
+            n: self._values_read(self.scheduler.reads_again[n])
             for n in joint.forward_nodes()
-            if self._facts[n].runs
+            if self.facts[n].runs
         }
         self.needed_by = dict(self._backward_reads())
-        bare = self._scheduler.bare()
-        needless = self._reinplacer.needless(bare)
+        bare = self.scheduler.bare()
+        needless = self.reinplacer.needless(bare)
         self.replaced = dict(self._replaced(bare, needless.forward))
         self.replaceable = dict(self._replaceable(bare, needless.backward))
         self.fixed = self._replay(bare)
@@ -118,12 +118,12 @@ class Memory:
 
     def replay(self, saved: Collection[Node]) -> Replay:
         """Counts what lives at every moment if `saved` is kept (see `split.split`)."""
-        return self._replay(self._scheduler.schedule(saved))
+        return self._replay(self.scheduler.schedule(saved))
 
     def _replay(self, schedule: Schedule) -> Replay:
-        scheduler, needless = self._scheduler, self._reinplacer.needless(schedule)
-        ledger = Ledger(self._facts, schedule.states)
-        held = [s for node, size in self._held_by_call for s in ledger.make(node, [size])]
+        scheduler, needless = self.scheduler, self.reinplacer.needless(schedule)
+        ledger = Ledger(self.facts, schedule.states)
+        held = [s for node, size in self.held_by_call for s in ledger.make(node, [size])]
         ledger.run(schedule.forward, scheduler.reads, needless.forward)
         ledger.now += 1  # backward starts
         boundary = ledger.now
@@ -133,14 +133,14 @@ class Memory:
         for node in self.joint.cotangents:
             ledger.place(node, allocated(node.meta["val"]))
         given = ledger.of(self.joint.cotangents)
-        pure = self._reinplacer.pure_again
+        pure = self.reinplacer.pure_again
         ledger.run(schedule.backward, scheduler.reads_again, needless.backward, pure)
-        if self._outputs_held:
+        if self.outputs_held:
             ledger.keep(outputs)
         gradients = ledger.of(scheduler.wanted)
         ledger.keep({*given, *gradients})
         saved = sum(ledger.sizes[s] for s in residuals)
-        again = tuple(n for n in schedule.recomputed if self._facts[n].runs)
+        again = tuple(n for n in schedule.recomputed if self.facts[n].runs)
         kinds = {
             "outputs": outputs | given,
             "gradients": gradients,
@@ -150,7 +150,7 @@ class Memory:
 
     def _root(self, node: Node) -> Node:
         """The value that owns the memory of a value."""
-        while (shares := self._reinplacer.shares.get(node)) is not None:
+        while (shares := self.reinplacer.shares.get(node)) is not None:
             node = shares
         return node
 
@@ -160,23 +160,23 @@ class Memory:
 
     def _backward_reads(self) -> Iterator[tuple[Node, tuple[Node, ...]]]:
         reads: list[Node] = []
-        for node in self._scheduler.backward:
-            reads += self._scheduler.reads[node]
-            if self._facts[node].runs:
+        for node in self.scheduler.backward:
+            reads += self.scheduler.reads[node]
+            if self.facts[node].runs:
                 yield node, self._values_read(reads)
                 reads = []
 
     def _replaced(self, bare: Schedule, reuse: Reuse) -> Iterator[tuple[Node, Node]]:
         for i, step in enumerate(bare.forward):
             if isinstance(step, Node) and (i in reuse.mutations or i in reuse.results):
-                candidates = self._reinplacer.candidates(step)
+                candidates = self.reinplacer.candidates(step)
                 if len(candidates) == 1:  # else another one may make room
                     yield candidates[0], step
 
     def _replaceable(self, bare: Schedule, reuse: Reuse) -> Iterator[tuple[Node, Sequence[Node]]]:
         for i, step in enumerate(bare.backward):
             if isinstance(step, Node) and i not in reuse.mutations and i not in reuse.results:
-                yield step, [n for n in self._reinplacer.candidates(step) if n in self.cost]
+                yield step, [n for n in self.reinplacer.candidates(step) if n in self.cost]
 
 
 def _held_by_call(joint: Joint) -> list[tuple[Node, int]]:

@@ -83,7 +83,7 @@ def rewrite(
         compile: Whether to compile both graphs with Inductor, at the second step. What is saved
             and recomputed stays as decided, random draws stay those of eager; other numbers are
             equal up to rounding, as with `torch.compile`. A budget is then that of the graphs
-            before they are compiled.
+            before they are compiled. Inside of `torch.compile` with Inductor, this is so anyway.
         dynamic: Whether one capture shall serve calls with other sizes, too, such as batches of
             texts of any length: sizes of arguments are symbols, and what forward asks about them
             is checked at each call. Where that is not possible, each size is captured by itself,

@@ -389,10 +389,10 @@ def _fresh_count(node: Node) -> int:
 def clone_exactly(x: torch.Tensor) -> torch.Tensor:
     """A copy with the same strides, holes included, so that kernels take the same path on it."""
     extent = sum((n - 1) * s for n, s in zip(x.size(), x.stride(), strict=True)) + 1
-    if x.numel() == 0:
-        return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=x.device)
-    flat = torch.as_strided(x, (extent,), (1,)).clone()
-    return torch.as_strided(flat, x.size(), x.stride(), 0)
+    new = torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=x.device)
+    if x.numel():
+        torch.as_strided(new, (extent,), (1,)).copy_(torch.as_strided(x, (extent,), (1,)))
+    return new
 
 
 View = tuple[tuple[int, ...], tuple[int, ...], int]  # size, stride, offset within the base

@@ -28,17 +28,13 @@ from fxckpt.quantities import parse_bytes, readable
 from fxckpt.rates import DEVICES, Device, measured
 from fxckpt.schedule import Choice
 from fxckpt.search import Found, Search
+from fxckpt.usual import STRATEGIES, Usual, usual
 
-_PEERS = {  # what people use, by the policy that does the same
-    "per-block checkpointing": "block",
-    "selective, matmuls saved": "dots",
-    "sqrt(n) segments": "sqrt",
-}
 AnyDevice = Device | torch.device | str | None
-_SECONDS_OF_REPLAY = 5e-6  # for each node of a graph, about
+_SECONDS_OF_REPLAY = 2e-6  # for each node of a graph, about
 _SECONDS_OF_EXACT = 0.75  # for each exact solution, about
 _PLANS_KEPT = 32  # for reports
-_SHARE, _SHARE_OF_EXACT = 0.12, 0.2  # of the seconds for planning: replays, exact solutions
+_SHARE, _SHARE_OF_EXACT = 0.05, 0.2  # of the seconds for planning: replays, exact solutions
 
 
 class Planner:
@@ -92,7 +88,7 @@ class Planner:
                 continue  # it has no layers of this kind
 
     def strategy(self, decide: Callable[[Joint], Collection[Node]]) -> tuple[int, float]:
-        """What a strategy comes to by itself, with none of what plans do besides.
+        """What a policy comes to by itself, with none of what plans do besides.
 
         Args:
             decide: From the graph as it was given to what is saved.
@@ -103,16 +99,20 @@ class Planner:
         replay = self._eager.replay(decide(self._given))
         return replay.peak, math.fsum(self._costs.seconds(n) for n in replay.again)
 
-    def peers(self) -> dict[str, tuple[int, float]]:
-        """What usual strategies come to: bytes at the peak, and what runs again, of the step."""
+    def usual(self) -> dict[str, Usual]:
+        """What usual strategies come to as torch runs them, see `usual`."""
         found = {}
-        for title, name in _PEERS.items():
+        for name in STRATEGIES:
             try:
-                peak, seconds = self.strategy(policies.NAMES[name])
+                found[name] = usual(name, self._eager, self._given, self._costs.seconds)
             except PolicyError:
                 continue  # it has no layers of this kind
-            found[title] = peak, seconds / self._step_seconds if self._step_seconds else 0.0
         return found
+
+    def peers(self) -> dict[str, tuple[int, float]]:
+        """What these come to: bytes at the peak, and what runs again, of the step."""
+        step = self._step_seconds
+        return {n: (u.peak, u.seconds / step if step else 0.0) for n, u in self.usual().items()}
 
     def plan(self, budget: int) -> Plan:
         """The fastest plan within a budget of bytes that is found.

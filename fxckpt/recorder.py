@@ -425,12 +425,13 @@ class Recorder(TorchDispatchMode):
         parent = self.node_for(recipe.parent)
         if recipe.func is aten.detach.default:
             return parent
-        node = self._emit(recipe.func, self.nodes(recipe.args), self.nodes(recipe.kwargs), None)
+        index = recipe.index
+        val = tensor if index is None else recipe.func(*recipe.args, **recipe.kwargs)
+        node = self._emit(recipe.func, self.nodes(recipe.args), self.nodes(recipe.kwargs), val)
         node.meta["alias"] = parent
-        if recipe.index is None:
-            node.meta["val"] = tensor
+        if index is None:
             return node
-        item = self._emit(getitem, (node, recipe.index), {}, tensor)
+        item = self._emit(getitem, (node, index), {}, tensor)
         item.meta["alias"] = node
         return item
 

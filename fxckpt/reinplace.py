@@ -83,8 +83,8 @@ class Reinplacer:
         found = {} if eager else {n: _replaceable(n) for n in operations}
         self.replaceable = {n: operands for n, operands in found.items() if operands}
         self._scheduler = scheduler
-        self._writes = {joint.primals[name]: node for name, node in joint.writes.items()}
-        self._chains = {p: _chain(p, contents) for p, contents in self._writes.items()}
+        self.writes = {joint.primals[name]: node for name, node in joint.writes.items()}
+        self.chains = {p: _chain(p, contents) for p, contents in self.writes.items()}
 
     def needless(self, schedule: Schedule) -> Needless:
         """The memory that need not be allocated."""
@@ -92,15 +92,15 @@ class Reinplacer:
         residuals = [r for r in schedule.residuals if isinstance(r, Node)]
         returned = [*scheduler.joint.outputs, *residuals]
         forward = _Uses(self, schedule.forward, scheduler.reads, returned)
-        given = set(self._writes)
+        given = set(self.writes)
         # A primal is mutated directly only if that leads all the way to its final contents.
-        while kept := {p for p in given if not forward.are_last(self._chains[p], given)}:
+        while kept := {p for p in given if not forward.are_last(self.chains[p], given)}:
             given -= kept
         backward = _Uses(self, schedule.backward, scheduler.reads_again, scheduler.wanted)
         return Needless(
             forward.reuse(given),
             backward.reuse((), self.pure_again),
-            {p: contents for p, contents in self._writes.items() if p not in given},
+            {p: contents for p, contents in self.writes.items() if p not in given},
         )
 
     def candidates(self, node: Node) -> tuple[Node, ...]:

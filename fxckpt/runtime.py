@@ -50,8 +50,8 @@ from fxckpt.pure import Pure, pure
 from fxckpt.schedule import Choice, read_before_written
 from fxckpt.split import Split, backward_from, kept_bytes, split
 from fxckpt.state import Slot, substituted
-from fxckpt.symbols import Pattern, Sizes, at, pattern, sizes_of
-from fxckpt.tape import BackwardKey, Result, Tape
+from fxckpt.symbols import Pattern, Sizes, pattern, sizes_of
+from fxckpt.tape import BackwardKey, Tape
 from fxckpt.transforms import Transformed
 
 Decide = Callable[[Joint], Collection[torch.fx.Node]]
@@ -379,28 +379,19 @@ class Captured:
         # Views of primals first: in the model, they mostly come before what is computed from them,
         # and autograd adds up gradients in the reverse order.
         made = {
-            key: self._finish(result, self.lookup(result.origin, inputs), sizes)
+            key: result.taken_from(self.lookup(result.origin, inputs), sizes)
             for key, result in unique.items()
             if isinstance(result.origin, str)
         }
         outputs = run()
         for key, result in unique.items():
             if isinstance(result.origin, int):
-                made[key] = self._finish(result, outputs[result.origin], sizes)
+                made[key] = result.taken_from(outputs[result.origin], sizes)
         tensors = iter([made[id(r)] for r in self.tape.results])
         passed = arguments.parts() if self._needs_parts else ()
         result, values = tree.unflatten(self.tape.spec, tensors, passed)
         self.tape.changes.make(passed, tensors)
         return result, values
-
-    @staticmethod
-    def _finish(result: Result, tensor: torch.Tensor, sizes: Sizes) -> torch.Tensor:
-        """A result of the callable, from the tensor that it is a view of."""
-        for func, args, kwargs, index, grad in at(result.views, sizes) if sizes else result.views:
-            with torch.set_grad_enabled(grad):
-                viewed = func(tensor, *args, **kwargs)
-            tensor = viewed if index is None else viewed[index]
-        return tensor
 
     def _undo(self, call: _Call, misfit: Misfit) -> None:
         """Puts back what a forward that did not fit changed."""

@@ -12,7 +12,7 @@ from collections.abc import Hashable, Sequence
 import torch
 
 from fxckpt import tree
-from fxckpt.modes import autocast_state, collected_outputs
+from fxckpt.modes import autocast_state, collected_outputs, compiles_halves
 from fxckpt.symbols import pattern
 
 
@@ -55,6 +55,7 @@ def of_modes() -> Hashable:
     return (
         autocast_state(),
         collected_outputs(),
+        compiles_halves(),
         tuple(get() for get in _MODES),
         torch.get_default_device() if torch._C._len_torch_function_stack() else None,
         tuple(_C._get_fp32_precision_getter(backend, op) for backend, op in _PRECISIONS),

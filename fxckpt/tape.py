@@ -58,6 +58,14 @@ class Result:
     origin: int | str
     views: tuple[tuple[OpOverload, tuple[Any, ...], dict[str, Any], int | None, bool], ...]
 
+    def taken_from(self, tensor: torch.Tensor, sizes: Sizes) -> torch.Tensor:
+        """The tensor in the result of a call, from the one that it is a view of."""
+        for func, args, kwargs, index, grad in at(self.views, sizes) if sizes else self.views:
+            with torch.set_grad_enabled(grad):
+                viewed = func(tensor, *args, **kwargs)
+            tensor = viewed if index is None else viewed[index]
+        return tensor
+
 
 @dataclasses.dataclass(slots=True)
 class Tape:
@@ -117,24 +125,24 @@ class Tape:
         returned = {r.origin for r in self.results[: len(self.results) - put]}
         candidates = [i for i in candidates if i in returned] or candidates
         scalars = [i for i in candidates if self.outputs[i].dim() == 0]
-        key = self._key(scalars or candidates)
+        key = self.dense_key(scalars or candidates)
         try:
             self.joint(key)
         except CaptureError:
             able = [i for i in candidates if self._differentiable_alone(i)]
             if not able:
                 raise
-            key = self._key([i for i in scalars if i in able] or able)
+            key = self.dense_key([i for i in scalars if i in able] or able)
         return key
 
     def _differentiable_alone(self, output: int) -> bool:
         try:
-            self.joint(self._key([output]))
+            self.joint(self.dense_key([output]))
         except CaptureError:
             return False
         return True
 
-    def _key(self, outputs: list[int]) -> BackwardKey:
+    def dense_key(self, outputs: Collection[int]) -> BackwardKey:
         """Dense gradients for these outputs."""
         return BackwardKey(
             tuple(

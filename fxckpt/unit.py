@@ -61,6 +61,8 @@ class Unit:
         """Runs the module's forward: the captured one if gradients may be wanted."""
         if not (module.training and torch.is_grad_enabled()):
             return original_forward(module)(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return run_traced(module, args, kwargs)
         if is_capturing():
             return run_within(self.options, module, args, kwargs)
         if _is_traced(module):
@@ -183,6 +185,15 @@ def run_within(options: Options, module: nn.Module, args: Any, kwargs: Any) -> A
         return original_forward(module)(*args, **kwargs)
     checkpoint = Nested(options.decide)
     return recorder.run_within(checkpoint, lambda: original_forward(module)(*args, **kwargs))
+
+
+def run_traced(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """Runs the forward of a rewritten module inside of `torch.compile`."""
+    if torch.compiler.is_exporting():
+        return original_forward(module)(*args, **kwargs)
+    from fxckpt import traced  # and with it Dynamo, which takes seconds
+
+    return traced.forward(module, args, kwargs)
 
 
 class Part:

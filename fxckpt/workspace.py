@@ -1,9 +1,10 @@
-"""What kernels allocate besides results that look as they should, where that is known and large.
+"""What kernels allocate besides results that look as they should.
 
-Measured with the profiler's allocation events (see docs/measuring-memory.md). On the CPU, oneDNN
-copies the operands of a convolution into layouts of its own, and the result back; where it does not
-run, patches of the input become a matrix. Not counted: channels that oneDNN adds to have a multiple
-of 16, its copies of operands in half precision, and what cuDNN and cuBLAS take.
+On the CPU it is measured, see `kernels`, unless the model is on fake tensors. For those it is known
+of some operations: oneDNN copies the operands of a convolution into layouts of its own, and the
+result back; where it does not run, patches of the input become a matrix. Not counted there:
+channels that oneDNN adds to have a multiple of 16, its copies of operands in half precision, and
+whatever cuDNN and cuBLAS take.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Node
 
-from fxckpt import ops
+from fxckpt import kernels, ops
 from fxckpt.joint import storage_bytes
 
 _native: Any = torch._C  # not all of it is declared
@@ -22,6 +23,8 @@ _native: Any = torch._C  # not all of it is declared
 
 def workspace(node: Node) -> int:
     """Bytes that the kernel of an operation takes while it runs, besides its results."""
+    if (found := kernels.workspace(node)) is not None:
+        return found
     known = _ON_CPU.get(ops.schema_name(ops.operation(node)))
     if known is None:
         return 0
