@@ -51,6 +51,7 @@ class Memory:
     """Replays decisions on one joint graph, and tells a planner what it needs for a linear model.
 
     Attributes:
+        joint: What is replayed.
         values: What can be saved or not: one value for each storage, in forward order. Left out are
             values for which there is no choice: those smaller than what it takes to draw them
             again, running statistics, and memory without contents.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -220,6 +220,29 @@ class WithinBudget:
             self._plans.popitem(last=False)
         return plan.choice(planner.joint)
 
+    def adapted(self, joint: Joint, choices: Sequence[Choice]) -> Choice:
+        """What to save in a call of other sizes than those that some choices were made for.
+
+        The fastest of these choices that fits the budget in this graph, or all values, if these
+        fit; else what is planned anew.
+
+        Args:
+            joint: The graph, with the shapes of the call.
+            choices: Decisions for the same operations.
+        """
+        costs = costs_of(joint)
+        here = are_here(costs, joint)
+        eager = Memory(joint, workspaces=here, eager=True)
+        budget = self._bytes_of(eager.replay(eager.values).peak)
+        memory = Memory(lean(joint), workspaces=here)
+        everything = Choice(frozenset(memory.values), joint=memory.joint)
+        fitting: list[tuple[float, int, Choice]] = []
+        for i, choice in enumerate((*choices, everything)):
+            replay = memory.replay(choice.of_graph(memory.joint))
+            if replay.peak <= budget:
+                fitting.append((math.fsum(map(costs.seconds, replay.again)), i, choice))
+        return min(fitting)[2] if fitting else self(joint)
+
     def plan_of(self, joint: Joint) -> Plan | None:
         """The plan that was made for a graph, if it was one of the latest."""
         return self._plans.get(fingerprint(joint))
@@ -252,6 +275,12 @@ class AsPlanned:
                 "of torch. Make one for this call with fxckpt.plan"
             )
         return self._others(joint)
+
+    def adapted(self, joint: Joint, choices: Sequence[Choice]) -> Choice:
+        """What to save in a call of other sizes, see `WithinBudget`."""
+        if self._plan.is_for(joint):
+            return self(joint)
+        return self._others.adapted(joint, choices)
 
     def plan_of(self, joint: Joint) -> Plan | None:
         """The plan for a graph, see `WithinBudget`."""

@@ -23,6 +23,7 @@ from fxckpt import ops
 from fxckpt.errors import PolicyError
 from fxckpt.joint import Joint
 from fxckpt.schedule import Choice
+from fxckpt.symbols import plain
 
 SCHEMA = 1
 
@@ -180,4 +181,4 @@ def _target(node: Node) -> str:
 def _described(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return tuple(value.shape), value.stride(), value.dtype, value.device.type
-    return value.type if isinstance(value, torch.device) else value
+    return value.type if isinstance(value, torch.device) else plain(value)

@@ -94,14 +94,14 @@ def _trace(about: Description, held: list[torch.Tensor], call: Call) -> Any:
     unique = {id(r): r for r in about.tape.results}
     for key, result in unique.items():  # see `runtime` for why views of primals are first
         if isinstance(result.origin, str):
-            made[key] = result.taken_from(tensors[about.taken[result.origin]])
+            made[key] = result.taken_from(tensors[about.taken[result.origin]], ())
     outputs = _Traced.apply(about, *tensors)
     for i, contents in zip(about.written, outputs[count:], strict=True):
         with torch.no_grad():
             tensors[i].copy_(contents)
     for key, result in unique.items():
         if isinstance(result.origin, int):
-            made[key] = result.taken_from(outputs[result.origin])
+            made[key] = result.taken_from(outputs[result.origin], ())
     return tree.unflatten(about.tape.spec, [made[id(r)] for r in about.tape.results])[0]
 
 

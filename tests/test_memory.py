@@ -101,8 +101,10 @@ class Watch:
         self._there: set[int] = set()
         self._outputs: list[Tensor] = []
 
-    def run(self, program: runtime.Program, key: Any, graph: Any, values: list[Any]) -> Any:
-        program.untried.discard(key)
+    def run(
+        self, program: runtime.Program, key: Any, graph: Any, values: list[Any], sizes: Any
+    ) -> Any:
+        program.tried.add((key, sizes))
         with runtime._as_recorded():
             if key is None:
                 return self._run_forward(program, graph, values)
