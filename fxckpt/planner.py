@@ -88,7 +88,7 @@ class Planner:
                 continue  # it has no layers of this kind
 
     def _leaner(self, here: bool) -> tuple[Memory, bool]:
-        """The memory of the graph made lean, if that needs no more where all is saved.
+        """The memory of the graph made lean, unless it needs more, whether all is saved or nothing.
 
         Where gradients are larger than activations, computing them first may cost more than it
         frees.
@@ -98,7 +98,10 @@ class Planner:
         if peak <= self.eager_peak:
             return memory, True
         other = Memory(self._given, workspaces=here)
-        return (other, False) if other.replay(other.values).peak < peak else (memory, True)
+        least, most = (other.replay(saved).peak for saved in ((), other.values))
+        if most < peak and least <= memory.replay(()).peak:
+            return other, False
+        return memory, True
 
     def strategy(self, decide: Callable[[Joint], Collection[Node]]) -> tuple[int, float]:
         """What a policy comes to by itself, with none of what plans do besides.
