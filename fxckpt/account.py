@@ -119,6 +119,8 @@ class Account:
         bound: Seconds that every plan within the budget takes at least; None without a budget.
         measured: Bytes at the peak of a step that was run for that; None if none was.
         allocated: The most that was allocated on the CUDA device so far; None on others.
+        captures: How often the model was captured so far, if one capture is to serve many sizes
+            (`rewrite(dynamic=True)`); else None.
         before: The operations of the step as it is. Empty if the model runs in parts.
         after: Those of the step that is explained.
         at_peak: What lives at the peak, the largest first.
@@ -140,6 +142,7 @@ class Account:
     bound: float | None
     measured: int | None
     allocated: int | None
+    captures: int | None
     before: tuple[Moment, ...] = dataclasses.field(repr=False)
     after: tuple[Moment, ...] = dataclasses.field(repr=False)
     at_peak: tuple[Holding, ...] = dataclasses.field(repr=False)

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from fxckpt.capture import is_capturing
-from fxckpt.captures import Options
+from fxckpt.captures import Captures, Options
 from fxckpt.errors import FallbackWarning, FxckptError, PolicyError
 from fxckpt.installation import exchange, installed, original_class, original_forward
 from fxckpt.kin import Kin
@@ -100,6 +100,10 @@ class Blocks:
         """What ran in the latest step, and where, see `Unit.captured`."""
         runners = [(path, unit.latest) for path, unit in self.parts.runners()]
         return [(path, latest) for path, latest in runners if latest is not None]
+
+    def histories(self) -> list[Captures]:
+        """What was captured of each block."""
+        return [each for _, unit in self.parts.runners() for each in unit.histories()]
 
     def for_module(self, module: nn.Module) -> Blocks:
         """This runner, or a new one with the same options if `module` is a copy of its owner."""

@@ -194,7 +194,7 @@ def describe(module: nn.Module, held: Sequence[torch.Tensor], call: Call) -> Des
         new = Description(module, tape, held, call)
     known = _by_module.setdefault(module, defaultdict(list))[_key(held, call)]
     for old in known:
-        if old.tape.fingerprint == tape.fingerprint and old.same == new.same:
+        if old.tape.fingerprint() == tape.fingerprint() and old.same == new.same:
             known.remove(old)
             new = old
             break

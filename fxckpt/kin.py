@@ -116,7 +116,7 @@ def _watch_as(module: nn.Module, watch: Watch, known: _Known) -> None:
 
 
 def _is_valid(captured: Captured) -> bool:
-    return captured.standing.misfit is None and not captured.standing.withdrawn
+    return captured.standing.is_good
 
 
 def _is_bound_to(captured: Captured, module: nn.Module, call: Call) -> bool:

@@ -17,7 +17,7 @@ and buffers are there already. It comes and goes like this:
     residuals       die at their last reader in backward
 
 Not counted: what kernels allocate and free while they run, apart from what `workspace` knows; what
-follows backward (a gradient that autograd has to copy before it accumulates); fragmentation and
+follows backward (a gradient that is added to one that is there already); fragmentation and
 rounding, apart from CUDA's (see `ledger.allocated`); a first call, which keeps more, to be able to
 take back what it did.
 """
@@ -34,6 +34,7 @@ from fxckpt.ledger import Fact, Ledger, allocated, allocated_for_result, allocat
 from fxckpt.reinplace import Reinplacer, Reuse
 from fxckpt.replay import Replay
 from fxckpt.schedule import Schedule, Scheduler, read_before_written
+from fxckpt.workspace import copied_at_the_end
 
 
 def replay(joint: Joint, saved: Collection[Node]) -> Replay:
@@ -50,6 +51,7 @@ class Memory:
     """Replays decisions on one joint graph, and tells a planner what it needs for a linear model.
 
     Attributes:
+        joint: What is replayed.
         values: What can be saved or not: one value for each storage, in forward order. Left out are
             values for which there is no choice: those smaller than what it takes to draw them
             again, running statistics, and memory without contents.
@@ -87,11 +89,14 @@ class Memory:
         workspaces: bool = True,
         eager: bool = False,
     ) -> None:
-        self._joint, self.outputs_held = joint, outputs_held
+        self.joint, self.outputs_held = joint, outputs_held
         self.scheduler = Scheduler(joint)
         self.reinplacer = Reinplacer(self.scheduler, eager=eager)
         nodes = [*joint.forward_nodes(), *joint.backward_nodes()]
         self.facts = {n: Fact.of(n, self.reinplacer, workspaces) for n in nodes}
+        if workspaces and joint.grads:
+            last = next(n for n in reversed(nodes) if self.facts[n].runs)
+            self.facts[last] = self.facts[last].taking(copied_at_the_end(joint))
         self.held_by_call = _held_by_call(joint)
         self.values = [
             n
@@ -126,12 +131,12 @@ class Memory:
         ledger.run(schedule.forward, scheduler.reads, needless.forward)
         ledger.now += 1  # backward starts
         boundary = ledger.now
-        outputs, residuals = ledger.of(self._joint.outputs), ledger.of(schedule.residuals)
+        outputs, residuals = ledger.of(self.joint.outputs), ledger.of(schedule.residuals)
         ledger.keep({*held, *outputs, *residuals, *ledger.of(needless.unwritten.values())})
         ledger.hand_on(schedule.residuals)
-        for node in self._joint.cotangents:
+        for node in self.joint.cotangents:
             ledger.place(node, allocated(node.meta["val"]))
-        given = ledger.of(self._joint.cotangents)
+        given = ledger.of(self.joint.cotangents)
         pure = self.reinplacer.pure_again
         ledger.run(schedule.backward, scheduler.reads_again, needless.backward, pure)
         if self.outputs_held:

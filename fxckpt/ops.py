@@ -355,14 +355,6 @@ def read_for_shape(node: Node) -> tuple[int, ...]:
     return () if position is None else (position,)
 
 
-def can_be_imitated(val: torch.Tensor) -> bool:
-    """Whether kernels take one element, expanded, for what a tensor looks like.
-
-    Then they see neither layout as the one to keep, and take that for contiguous memory.
-    """
-    return val.is_contiguous() and val.numel() > 1
-
-
 def is_blank(node: Node) -> bool:
     """Whether a value is memory without contents."""
     return schema_name(node.target) in ("aten::empty_strided", "aten::empty")

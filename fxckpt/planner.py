@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ class Planner:
             steps, so that equal graphs get equal plans.
 
     Attributes:
-        joint: The graph that plans are made for, see `lean`.
+        joint: The graph that plans are made for: the one that was given, as a rule made lean.
         memory: Of that graph.
         seconds: What each forward operation takes.
         eager_peak: Bytes that live at most in the step of the model as it is.
@@ -68,8 +68,8 @@ class Planner:
         self._given, self._costs = joint, costs
         self._eager = Memory(joint, workspaces=here, eager=True)
         self.eager_peak = self._eager.replay(self._eager.values).peak
-        self.joint = joint = lean(joint)
-        self.memory = Memory(joint, workspaces=here)
+        self.memory, self.is_lean = self._leaner(here)
+        self.joint = joint = self.memory.joint
         self.seconds = {n: costs.seconds(n) for n in joint.forward_nodes()}
         backward = sum(map(costs.seconds, joint.backward_nodes()))
         self._step_seconds = sum(self.seconds.values()) + backward
@@ -86,6 +86,19 @@ class Planner:
                 self._search.consider(decide(joint))
             except PolicyError:
                 continue  # it has no layers of this kind
+
+    def _leaner(self, here: bool) -> tuple[Memory, bool]:
+        """The memory of the graph made lean, if that needs no more where all is saved.
+
+        Where gradients are larger than activations, computing them first may cost more than it
+        frees.
+        """
+        memory = Memory(lean(self._given), workspaces=here)
+        peak = memory.replay(memory.values).peak
+        if peak <= self.eager_peak:
+            return memory, True
+        other = Memory(self._given, workspaces=here)
+        return (other, False) if other.replay(other.values).peak < peak else (memory, True)
 
     def strategy(self, decide: Callable[[Joint], Collection[Node]]) -> tuple[int, float]:
         """What a policy comes to by itself, with none of what plans do besides.
@@ -155,6 +168,7 @@ class Planner:
             bound,
             self._costs.device.name,
             fingerprint(self._given),
+            self.is_lean,
             _names(forward, choice.saved),
             _names(forward, choice.transient),
             _names(forward, replay.recomputed),
@@ -206,6 +220,29 @@ class WithinBudget:
             self._plans.popitem(last=False)
         return plan.choice(planner.joint)
 
+    def adapted(self, joint: Joint, choices: Sequence[Choice]) -> Choice:
+        """What to save in a call of other sizes than those that some choices were made for.
+
+        The fastest of these choices that fits the budget in this graph, or all values, if these
+        fit; else what is planned anew.
+
+        Args:
+            joint: The graph, with the shapes of the call.
+            choices: Decisions for the same operations.
+        """
+        costs = costs_of(joint)
+        here = are_here(costs, joint)
+        eager = Memory(joint, workspaces=here, eager=True)
+        budget = self._bytes_of(eager.replay(eager.values).peak)
+        memory = Memory(lean(joint), workspaces=here)
+        everything = Choice(frozenset(memory.values), joint=memory.joint)
+        fitting: list[tuple[float, int, Choice]] = []
+        for i, choice in enumerate((*choices, everything)):
+            replay = memory.replay(choice.of_graph(memory.joint))
+            if replay.peak <= budget:
+                fitting.append((math.fsum(map(costs.seconds, replay.again)), i, choice))
+        return min(fitting)[2] if fitting else self(joint)
+
     def plan_of(self, joint: Joint) -> Plan | None:
         """The plan that was made for a graph, if it was one of the latest."""
         return self._plans.get(fingerprint(joint))
@@ -230,7 +267,7 @@ class AsPlanned:
         """The values to save."""
         if self._plan.is_for(joint):
             self._fits = True
-            return self._plan.choice(lean(joint))
+            return self._plan.choice(lean(joint) if self._plan.lean else joint)
         if not self._fits:
             raise PolicyError(
                 "rewrite(..., plan=...): the plan was made for another graph: for another model, "
@@ -238,6 +275,12 @@ class AsPlanned:
                 "of torch. Make one for this call with fxckpt.plan"
             )
         return self._others(joint)
+
+    def adapted(self, joint: Joint, choices: Sequence[Choice]) -> Choice:
+        """What to save in a call of other sizes, see `WithinBudget`."""
+        if self._plan.is_for(joint):
+            return self(joint)
+        return self._others.adapted(joint, choices)
 
     def plan_of(self, joint: Joint) -> Plan | None:
         """The plan for a graph, see `WithinBudget`."""

@@ -110,6 +110,16 @@ class Choice(Collection[Node]):
         """A choice that keeps these values."""
         return saved if isinstance(saved, Choice) else Choice(frozenset(saved))
 
+    def of_graph(self, joint: Joint) -> Choice:
+        """The same for another graph of the same operations, such as that of other sizes."""
+        named = {node.name: node for node in joint.graph.nodes}
+        return Choice(
+            frozenset(named[n.name] for n in self.saved),
+            frozenset(named[n.name] for n in self.transient),
+            None if self.joint is None else joint,
+            {named[n.name]: each for n, each in self.stays.items()},
+        )
+
     def __contains__(self, node: object) -> bool:
         return node in self.saved
 

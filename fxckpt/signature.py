@@ -13,18 +13,26 @@ import torch
 
 from fxckpt import tree
 from fxckpt.modes import autocast_state, collected_outputs, compiles_halves
+from fxckpt.symbols import pattern
 
 
-def of_arguments(spec: tree.Spec, tensors: Sequence[torch.Tensor]) -> Hashable:
-    """The part of a signature that comes from the arguments of a call."""
+def of_arguments(
+    spec: tree.Spec, tensors: Sequence[torch.Tensor], *, dynamic: bool = False
+) -> Hashable:
+    """The part of a signature that comes from the arguments of a call.
+
+    Args:
+        spec: Their structure.
+        tensors: The tensors in them.
+        dynamic: Whether calls have the same signature that differ in nothing but sizes.
+    """
     first: dict[int, int] = {}
     return (
         spec,
         tuple(
             (
                 type(t),
-                t.shape,
-                t.stride(),
+                pattern(t.shape, t.stride())[0] if dynamic else (t.shape, t.stride()),
                 t.dtype,
                 t.device,
                 t.requires_grad,

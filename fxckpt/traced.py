@@ -31,21 +31,21 @@ from fxckpt import opaque, tree
 from fxckpt.arguments import Call
 from fxckpt.described import Description, describe, described
 from fxckpt.errors import CaptureError, FallbackWarning
-from fxckpt.installation import module_of, number_of, runner_of
+from fxckpt.installation import runner_of, with_id
 from fxckpt.places import stack_level_of_user
 
 
 def forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The forward of a rewritten module, as Dynamo traces it."""
     held = [*module.parameters(), *module.buffers()]
-    return _without_nothing(_call(number_of(module), held, _with_nothing((args, kwargs))))
+    return _without_nothing(_call(id(module), held, _with_nothing((args, kwargs))))
 
 
 @nonstrict_trace
 @torch.compiler.disable
 def _call(number: int, held: list[torch.Tensor], given: Any) -> Any:
     """What a graph of Dynamo runs; AOTAutograd traces through it."""
-    module = module_of(number)
+    module = with_id(number)
     args, kwargs = _without_nothing(given)
     call = Call.of(args, kwargs)
     if not any(map(_is_fake, (*held, *call.inputs))):  # by the backend "eager"
@@ -94,14 +94,14 @@ def _trace(about: Description, held: list[torch.Tensor], call: Call) -> Any:
     unique = {id(r): r for r in about.tape.results}
     for key, result in unique.items():  # see `runtime` for why views of primals are first
         if isinstance(result.origin, str):
-            made[key] = result.taken_from(tensors[about.taken[result.origin]])
+            made[key] = result.taken_from(tensors[about.taken[result.origin]], ())
     outputs = _Traced.apply(about, *tensors)
     for i, contents in zip(about.written, outputs[count:], strict=True):
         with torch.no_grad():
             tensors[i].copy_(contents)
     for key, result in unique.items():
         if isinstance(result.origin, int):
-            made[key] = result.taken_from(outputs[result.origin])
+            made[key] = result.taken_from(outputs[result.origin], ())
     return tree.unflatten(about.tape.spec, [made[id(r)] for r in about.tape.results])[0]
 
 

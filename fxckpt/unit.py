@@ -152,6 +152,11 @@ class Unit:
         runners = self.parts.runners() if self.parts is not None else []
         return [(path, part.latest) for path, part in runners if part.latest is not None]
 
+    def histories(self) -> list[Captures]:
+        """What was captured, of the module as a whole and of its parts."""
+        runners = self.parts.runners() if self.parts is not None else []
+        return [self.captures, *(part.captures for _, part in runners)]
+
     def _saving_parts(self) -> list[str]:
         runners = self.parts.runners() if self.parts is not None else []
         return [path for path, part in runners if part.latest is not None]
@@ -204,7 +209,7 @@ class Part:
 
     def __init__(self, module: nn.Module, position: Position, whole: Unit) -> None:
         self._cast = CastOnce(position.path, waits=True)
-        self._captures = Captures(module, whole.options, position)
+        self.captures = Captures(module, whole.options, position)
         self.latest: Captured | None = None  # set if it saves memory
         self._owner, self._whole = weakref.ref(module), weakref.ref(whole)
 
@@ -218,7 +223,7 @@ class Part:
             return original_forward(module)(*args, **kwargs)
         if self._owner() is not module or self._cast.may_be(parts):
             return original_forward(module)(*args, **kwargs)
-        found, call = self._captures.find(module, args, kwargs)
+        found, call = self.captures.find(module, args, kwargs)
         if isinstance(found, Captured) and found.saves_memory:
             self.latest = found
             with contextlib.suppress(Misfit):
