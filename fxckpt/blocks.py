@@ -26,7 +26,7 @@ from torch import nn
 
 from fxckpt.capture import is_capturing
 from fxckpt.captures import Options
-from fxckpt.errors import FallbackWarning, FxckptError, PolicyError
+from fxckpt.errors import CaptureError, FallbackWarning, FxckptError, PolicyError
 from fxckpt.installation import exchange, installed, original_class, original_forward
 from fxckpt.kin import Kin
 from fxckpt.parts import CastOnce, Parts, has_forward, is_composed
@@ -92,7 +92,11 @@ class Blocks:
         """Raises the `CaptureError` for which the latest run was eager, no block captured."""
         units = [unit for _, unit in self.parts.runners()]
         if not any(unit.latest for unit in units):
-            raise next(unit.failure for unit in units if unit.failure is not None)
+            failures = (unit.failure for unit in units if unit.failure is not None)
+            raise next(failures, None) or CaptureError(
+                "no block was called, or nothing in one has a gradient",
+                hint='Name those that run, units=["encoder.*"], or take units="model".',
+            )
 
     def captured(self) -> list[tuple[str, Captured]]:
         """What ran in the latest step, and where, see `Unit.captured`."""

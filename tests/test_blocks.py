@@ -336,6 +336,16 @@ def test_a_failure_that_is_one_for_all_blocks_is_an_error_with_strict() -> None:
         model(batch(0))
 
 
+def test_verify_says_that_no_block_was_called() -> None:
+    class Skipping(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.stem(x))
+
+    model = fxckpt.rewrite(Skipping(Layer(), Layer()), "nothing", units="blocks")
+    with pytest.raises(fxckpt.CaptureError, match="no block was called"):
+        fxckpt.verify(model, batch(0))
+
+
 def test_what_profilers_read_is_not_recorded() -> None:
     class Named(Layer):
         def forward(self, x: Tensor) -> Tensor:
