@@ -24,6 +24,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxckpt import levels
+from fxckpt.arguments import Call
+from fxckpt.budgeting import Budgeting
 from fxckpt.capture import is_capturing
 from fxckpt.captures import Options
 from fxckpt.errors import CaptureError, FallbackWarning, FxckptError, PolicyError
@@ -31,9 +34,10 @@ from fxckpt.installation import exchange, installed, original_class, original_fo
 from fxckpt.kin import Kin
 from fxckpt.parts import CastOnce, Parts, has_forward, is_composed
 from fxckpt.places import Position, stack_level_of_user
+from fxckpt.planner import WithinBudget
 from fxckpt.runtime import Captured
 from fxckpt.selectors import is_below, listed
-from fxckpt.unit import Unit, run_within
+from fxckpt.unit import Unit, is_traced, run_within
 
 Units = str | Iterable[str] | None
 
@@ -58,6 +62,10 @@ class Blocks:
         self._owner = weakref.ref(module)
         self.latest: Captured | None = None
         self.told: set[str] = set()  # what was warned of, for any block
+        decide = options.decide
+        self.budgeting = (
+            Budgeting(decide, options.cache_size) if isinstance(decide, WithinBudget) else None
+        )
         self.parts = self._found(module)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -66,8 +74,16 @@ class Blocks:
             return original_forward(module)(*args, **kwargs)
         if self._structure != _structure(self._containers):
             self.parts = self._found(module)
-        with self.parts.in_place():
-            return original_forward(module)(*args, **kwargs)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with self.parts.in_place():
+                return original_forward(module)(*args, **kwargs)
+
+        budgeting = self.budgeting
+        if budgeting is None or budgeting.is_running or is_traced(module) or levels.is_active():
+            return forward(*args, **kwargs)
+        with budgeting.planned(module, forward, args, kwargs):
+            return forward(*args, **kwargs)
 
     @property
     def called(self) -> bool:
@@ -244,6 +260,14 @@ class Block(Unit):
             return original_forward(module)(*args, **kwargs)
         result = super().__call__(module, args, kwargs)
         whole.latest = self.latest or whole.latest
+        return result
+
+    def _run(self, found: Captured, call: Call) -> Any:
+        """Runs what was captured, or what a budget makes of it."""
+        whole = self._whole()
+        if whole is None or whole.budgeting is None:
+            return super()._run(found, call)
+        self.latest, result = whole.budgeting.run(self._path, found, call)
         return result
 
     def for_module(self, _: nn.Module) -> Block:

@@ -12,7 +12,8 @@ and buffers are there already. It comes and goes like this:
                     view of them, or another result of the same operation that is taken out of the
                     tuple later.
     outputs         belong to the caller, who may hold them to the end of backward
-    cotangents      live all through backward: autograd holds the arguments of its functions
+    cotangents      live all through backward: autograd holds the arguments of its functions; in the
+                    step as it is, to their last reader
     gradients       live to the end of backward: all are returned at once
     residuals       die at their last reader in backward
 
@@ -32,7 +33,7 @@ from fxckpt import ops
 from fxckpt.joint import Joint, is_value
 from fxckpt.ledger import Fact, Ledger, allocated, allocated_for_result, allocated_for_state
 from fxckpt.reinplace import Reinplacer, Reuse
-from fxckpt.replay import Replay
+from fxckpt.replay import Needs, Replay
 from fxckpt.schedule import Schedule, Scheduler, read_before_written
 
 
@@ -77,6 +78,8 @@ class Memory:
         workspaces: Whether to count what kernels take besides; not if the step is to run on
             another device than the graph is on.
         eager: Whether results are made in new memory, as eager does (see `reinplace`).
+        between: Bytes that something else needs between forward and backward, such as blocks that
+            come later; while it runs, there is what forward hands to backward besides.
     """
 
     def __init__(
@@ -86,8 +89,10 @@ class Memory:
         outputs_held: bool = True,
         workspaces: bool = True,
         eager: bool = False,
+        between: int = 0,
     ) -> None:
-        self._joint, self._outputs_held = joint, outputs_held
+        self._joint, self._outputs_held, self._between = joint, outputs_held, between
+        self._eager = eager
         self._scheduler = Scheduler(joint)
         self._reinplacer = Reinplacer(self._scheduler, eager=eager)
         nodes = [*joint.forward_nodes(), *joint.backward_nodes()]
@@ -112,18 +117,33 @@ class Memory:
         needless = self._reinplacer.needless(bare)
         self.replaced = dict(self._replaced(bare, needless.forward))
         self.replaceable = dict(self._replaceable(bare, needless.backward))
-        self.fixed = self._replay(bare)
+        self.fixed = self._replay(bare, outputs_held)
         self.fixed_before = self.fixed.before_backward()
 
     def replay(self, saved: Collection[Node]) -> Replay:
         """Counts what lives at every moment if `saved` is kept (see `split.split`)."""
-        return self._replay(self._scheduler.schedule(saved))
+        return self._replay(self._scheduler.schedule(saved), self._outputs_held)
 
-    def _replay(self, schedule: Schedule) -> Replay:
+    def needs(self, saved: Collection[Node]) -> Needs:
+        """What a decision comes to in a larger step, which counts what goes in and out itself."""
+        schedule = self._scheduler.schedule(saved)
+        held, alone = self._replay(schedule, True), self._replay(schedule, False)
+        around = int(held.by_kind()["outputs"].max(initial=0))  # outputs, and what arrives
+        arrive = sum(allocated(node.meta["val"]) for node in self._joint.cotangents)
+        return Needs(
+            *held.kept_apart(),
+            held.forward_peak,
+            held.backward_peak - around,
+            alone.backward_peak - arrive,
+        )
+
+    def _replay(self, schedule: Schedule, outputs_held: bool) -> Replay:
         scheduler, needless = self._scheduler, self._reinplacer.needless(schedule)
         ledger = Ledger(self._facts, schedule.states)
         held = [s for node, size in self._held_by_call for s in ledger.make(node, [size])]
         ledger.run(schedule.forward, scheduler.reads, needless.forward)
+        if self._between:
+            ledger.elsewhere(self._between)
         ledger.now += 1  # backward starts
         boundary = ledger.now
         outputs, residuals = ledger.of(self._joint.outputs), ledger.of(schedule.residuals)
@@ -134,10 +154,10 @@ class Memory:
         given = ledger.of(self._joint.cotangents)
         pure = self._reinplacer.pure_again
         ledger.run(schedule.backward, scheduler.reads_again, needless.backward, pure)
-        if self._outputs_held:
+        if outputs_held:
             ledger.keep(outputs)
         gradients = ledger.of(scheduler.wanted)
-        ledger.keep({*given, *gradients})
+        ledger.keep(gradients if self._eager else {*given, *gradients})
         saved = sum(ledger.sizes[s] for s in residuals)
         again = tuple(n for n in schedule.recomputed if self._facts[n].runs)
         kinds = {

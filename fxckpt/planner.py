@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ AnyDevice = Device | torch.device | str | None
 _SECONDS_OF_REPLAY = 5e-6  # for each node of a graph, about
 _SECONDS_OF_EXACT = 0.75  # for each exact solution, about
 _PLANS_KEPT = 32  # for reports
+_PARTS = 32  # see `Search.front`
 _SHARE, _SHARE_OF_EXACT = 0.12, 0.2  # of the seconds for planning: replays, exact solutions
 
 
@@ -51,12 +52,14 @@ class Planner:
         profile: Whether to time each distinct operation there instead.
         seconds: What planning for one budget may take, about. It is translated into a number of
             steps, so that equal graphs get equal plans.
+        between: See `Memory`.
 
     Attributes:
         joint: The graph that plans are made for, see `lean`.
         memory: Of that graph.
         seconds: What each forward operation takes.
         eager_peak: Bytes that live at most in the step of the model as it is.
+        step_seconds: What forward and backward take if nothing runs again.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class Planner:
         device: AnyDevice = None,
         profile: bool = False,
         seconds: float = 10.0,
+        between: int = 0,
     ) -> None:
         costs = costs_of(joint, device, profile)
         here = are_here(costs, joint)
@@ -73,10 +77,10 @@ class Planner:
         self._eager = Memory(joint, workspaces=here, eager=True)
         self.eager_peak = self._eager.replay(self._eager.values).peak
         self.joint = joint = lean(joint)
-        self.memory = Memory(joint, workspaces=here)
+        self.memory = Memory(joint, workspaces=here, between=between)
         self.seconds = {n: costs.seconds(n) for n in joint.forward_nodes()}
         backward = sum(map(costs.seconds, joint.backward_nodes()))
-        self._step_seconds = sum(self.seconds.values()) + backward
+        self.step_seconds = sum(self.seconds.values()) + backward
         one = _SECONDS_OF_REPLAY * max(len(joint.graph.nodes), 200)
         replays, exact = (
             max(int(_SHARE * seconds / one), 50),
@@ -111,7 +115,7 @@ class Planner:
                 peak, seconds = self.strategy(policies.NAMES[name])
             except PolicyError:
                 continue  # it has no layers of this kind
-            found[title] = peak, seconds / self._step_seconds if self._step_seconds else 0.0
+            found[title] = peak, seconds / self.step_seconds if self.step_seconds else 0.0
         return found
 
     def plan(self, budget: int) -> Plan:
@@ -140,6 +144,18 @@ class Planner:
             self._search.look(budget)
         return [self._plan(b, f) for b in budgets if (f := self._search.best(b)) is not None]
 
+    def choices(self, points: int) -> Iterator[tuple[Choice, float]]:
+        """Decisions from the one that needs least to saving all, and what runs again, in seconds.
+
+        Args:
+            points: For how many budgets to look.
+        """
+        low, high = self._search.least.peak, self._everything.peak
+        for i in range(points):
+            self._search.look(low + (high - low) * i // points)
+        for found in self._search.front(_PARTS):
+            yield self._search.choice(found.decision), found.seconds
+
     def _plan(self, budget: int, found: Found) -> Plan:
         choice = self._search.choice(found.decision)
         replay = self.memory.replay(choice)
@@ -151,7 +167,7 @@ class Planner:
             found.peak,
             self.eager_peak,
             found.seconds,
-            self._step_seconds,
+            self.step_seconds,
             bound,
             self._costs.device.name,
             fingerprint(self._given),
@@ -192,15 +208,15 @@ class WithinBudget:
     """
 
     def __init__(self, budget: Any, seconds: float, *, profile: bool = False) -> None:
-        self._bytes_of, self._seconds, self._profile = parse_budget(budget), seconds, profile
+        self.bytes_of, self.seconds, self.profile = parse_budget(budget), seconds, profile
         self._plans: OrderedDict[str, Plan] = OrderedDict()  # the latest, by graph
 
     def __call__(self, joint: Joint) -> Choice:
         """The values to save."""
         if joint.position != ROOT:
             return Choice(frozenset())
-        planner, count = Planner(joint, profile=self._profile, seconds=self._seconds), samples()
-        plan = planner.plan(self._bytes_of(count * planner.eager_peak) // count)
+        planner, count = Planner(joint, profile=self.profile, seconds=self.seconds), samples()
+        plan = planner.plan(self.bytes_of(count * planner.eager_peak) // count)
         self._plans[plan.graph] = plan
         if len(self._plans) > _PLANS_KEPT:
             self._plans.popitem(last=False)

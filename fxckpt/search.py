@@ -60,6 +60,8 @@ class Found:
     peak: int
     seconds: float  # of what runs again
     live: NDArray[np.int64]  # bytes at every moment
+    saved: int  # bytes that forward hands to backward
+    backward: int  # bytes at the peak of backward
 
 
 class Search:
@@ -101,6 +103,26 @@ class Search:
         """The fastest that is known to fit; of those, the one that needs least."""
         fitting = (f for f in self._pool.values() if f.peak <= budget)
         return min(fitting, key=lambda f: (f.seconds, f.peak), default=None)
+
+    def front(self, parts: int) -> list[Found]:
+        """The known decisions of which none other keeps less, needs less and is as fast, too.
+
+        Args:
+            parts: How finely bytes are told apart: into so many parts of the most.
+        """
+        unit = max(f.backward for f in self._pool.values()) / parts or 1.0
+
+        def rounded(found: Found) -> tuple[float, int, int]:
+            return found.seconds, round(found.saved / unit), round(found.backward / unit)
+
+        front: list[tuple[int, int]] = []
+        found = []
+        for each in sorted(self._pool.values(), key=lambda f: (rounded(f), f.saved, f.backward)):
+            _, saved, backward = rounded(each)
+            if not any(s <= saved and b <= backward for s, b in front):
+                front.append((saved, backward))
+                found.append(each)
+        return found
 
     def consider(self, saved: Iterable[Node]) -> Found:
         """Adds a decision to those that are known."""
@@ -252,7 +274,9 @@ class Search:
         if key not in self._pool:
             replay = self._replay(decision)
             seconds = math.fsum(self._seconds[n] for n in replay.again)  # in any order
-            self._pool[key] = Found(decision, replay.peak, seconds, replay.live)
+            self._pool[key] = Found(
+                decision, replay.peak, seconds, replay.live, replay.saved, replay.backward_peak
+            )
         return self._pool[key]
 
     def _replay(self, decision: Decision) -> Replay:

@@ -386,7 +386,7 @@ def test_what_is_rewritten_already_is_no_block() -> None:
     [
         (lambda: fxckpt.rewrite(Layer(), "nothing", units="blocks"), PolicyError, "no repeated"),
         (lambda: fxckpt.rewrite(net(), "dots", units=["leyers.*"]), PolicyError, "layers.0"),
-        (lambda: fxckpt.rewrite(net(), budget=0.5, units="blocks"), BudgetError, "as one unit"),
+        (lambda: fxckpt.rewrite(net(), budget="x", units="blocks"), BudgetError, "budget='x'"),
         (
             lambda: fxckpt.rewrite(net(), "dots", units="blocks", example_inputs=(batch(0),)),
             FxckptError,
