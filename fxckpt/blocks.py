@@ -50,6 +50,8 @@ class Blocks:
         options: What `rewrite` was called with.
         units: "blocks", or module paths (see `fxckpt.selectors`).
 
+        why: Why they are, if nobody asked for it.
+
     Raises:
         PolicyError: if there are no such blocks.
     """
@@ -57,8 +59,10 @@ class Blocks:
     passing = False  # on the module until it is restored
     failure = None  # that of the whole: there is none
 
-    def __init__(self, module: nn.Module, options: Options, units: Units) -> None:
-        self.options, self._units = options, units
+    def __init__(
+        self, module: nn.Module, options: Options, units: Units, why: str = "as asked"
+    ) -> None:
+        self.options, self._units, self._reason = options, units, why
         self._owner = weakref.ref(module)
         self.latest: Captured | None = None
         self.told: set[str] = set()  # what was warned of, for any block
@@ -125,7 +129,12 @@ class Blocks:
 
     def for_copy(self, module: nn.Module) -> Blocks:
         """A new runner with the same options."""
-        return Blocks(module, self.options, self._units)
+        return Blocks(module, self.options, self._units, self._reason)
+
+    @property
+    def why(self) -> str:
+        """What is captured at once, and why."""
+        return f"{len(self.parts.runners())} blocks, {self._reason}"
 
     def __deepcopy__(self, _: Any) -> Blocks:
         return self  # until `for_module` sees that its module is a copy
@@ -158,6 +167,7 @@ class Undecided:
 
     passing = False  # on the module until it is restored
     latest = failure = None
+    why = ""
     called = False  # in training; then it is decided
 
     def __init__(self, options: Options, whole: bool) -> None:
@@ -204,15 +214,22 @@ class Undecided:
         return self
 
     def _decided(self, module: nn.Module) -> Unit | Blocks:
-        if not self._whole and (_is_distributed(module) or _repeats_often(module)):
+        if not self._whole and (why := _why_blocks(module)):
             with contextlib.suppress(PolicyError):
-                runner = Blocks(module, self.options, "blocks")
+                runner = Blocks(module, self.options, "blocks", why)
                 exchange(module, runner)
                 return runner
         return self._as_one(module)
 
 
 _OFTEN = 32
+
+
+def _why_blocks(module: nn.Module) -> str:
+    """Why blocks are the better units; nothing if they are not."""
+    if _is_distributed(module):
+        return "as other processes wait for gradients"
+    return f"as at least {_OFTEN} are alike" if _repeats_often(module) else ""
 
 
 def _repeats_often(module: nn.Module) -> bool:

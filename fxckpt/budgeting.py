@@ -62,6 +62,7 @@ class StepPlan:
         bound: What it takes at least within the budget, with these menus.
         spots: By path of the block and number of its call.
         composition: The step.
+        eager: The step as it is.
         chosen: The entry of each call.
     """
 
@@ -72,6 +73,7 @@ class StepPlan:
     bound: float
     spots: dict[tuple[str, int], Spot]
     composition: Composition
+    eager: Composition
     chosen: tuple[int, ...]
 
 
@@ -234,6 +236,7 @@ class Budgeting:
             best.bound,
             {(spot.called.path, spot.called.number): spot for spot in spots},
             composition,
+            eager,
             best.chosen,
         )
 

@@ -107,8 +107,15 @@ class Composition:
 
     def live(self, chosen: Sequence[int]) -> list[int]:
         """The bytes at each moment."""
-        options = [menu[i] for menu, i in zip(self.menus, chosen, strict=True)]
-        return [_bytes(moment, options) for moment in self.moments]
+        return [
+            m.outside + sum(self.kept(m, c, chosen) for c in m.waiting) + self._own(m, chosen)
+            for m in self.moments
+        ]
+
+    def kept(self, moment: Moment, call: int, chosen: Sequence[int]) -> int:
+        """The bytes that a call that waits keeps at a moment."""
+        option = self.menus[call][chosen[call]]
+        return option.kept + (option.outputs if call in moment.alone else 0)
 
     def peak(self, chosen: Sequence[int]) -> int:
         """The most at any moment."""
@@ -196,14 +203,13 @@ class Composition:
                 row[self._of(moment.call)] = [_own(moment, o) for o in self.menus[moment.call]]
         return csr_matrix(rows)
 
+    def _own(self, moment: Moment, chosen: Sequence[int]) -> int:
+        if moment.phase == OUTSIDE:
+            return 0
+        return _own(moment, self.menus[moment.call][chosen[moment.call]])
+
     def _of(self, call: int) -> slice:
         return slice(self._starts[call], self._starts[call + 1])
-
-
-def _bytes(moment: Moment, options: Sequence[Option]) -> int:
-    own = 0 if moment.phase == OUTSIDE else _own(moment, options[moment.call])
-    alone = sum(options[c].outputs for c in moment.waiting if c in moment.alone)
-    return moment.outside + sum(options[c].kept for c in moment.waiting) + alone + own
 
 
 def _own(moment: Moment, option: Option) -> int:

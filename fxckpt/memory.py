@@ -12,8 +12,7 @@ and buffers are there already. It comes and goes like this:
                     view of them, or another result of the same operation that is taken out of the
                     tuple later.
     outputs         belong to the caller, who may hold them to the end of backward
-    cotangents      live all through backward: autograd holds the arguments of its functions; in the
-                    step as it is, to their last reader
+    cotangents      live all through backward: autograd holds the arguments of its functions
     gradients       live to the end of backward: all are returned at once
     residuals       die at their last reader in backward
 
@@ -127,7 +126,8 @@ class Memory:
     def needs(self, saved: Collection[Node]) -> Needs:
         """What a decision comes to in a larger step, which counts what goes in and out itself."""
         schedule = self._scheduler.schedule(saved)
-        held, alone = self._replay(schedule, True), self._replay(schedule, False)
+        # What arrives is held by autograd for our functions, and by nobody in the step as it is.
+        held, alone = (self._replay(schedule, h, not self._eager) for h in (True, False))
         around = int(held.by_kind()["outputs"].max(initial=0))  # outputs, and what arrives
         arrive = sum(allocated(node.meta["val"]) for node in self._joint.cotangents)
         return Needs(
@@ -137,7 +137,9 @@ class Memory:
             alone.backward_peak - arrive,
         )
 
-    def _replay(self, schedule: Schedule, outputs_held: bool) -> Replay:
+    def _replay(
+        self, schedule: Schedule, outputs_held: bool, cotangents_held: bool = True
+    ) -> Replay:
         scheduler, needless = self._scheduler, self._reinplacer.needless(schedule)
         ledger = Ledger(self._facts, schedule.states)
         held = [s for node, size in self._held_by_call for s in ledger.make(node, [size])]
@@ -157,7 +159,7 @@ class Memory:
         if outputs_held:
             ledger.keep(outputs)
         gradients = ledger.of(scheduler.wanted)
-        ledger.keep(gradients if self._eager else {*given, *gradients})
+        ledger.keep({*given, *gradients} if cotangents_held else gradients)
         saved = sum(ledger.sizes[s] for s in residuals)
         again = tuple(n for n in schedule.recomputed if self._facts[n].runs)
         kinds = {

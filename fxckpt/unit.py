@@ -39,6 +39,7 @@ class Unit:
     """
 
     passing = False  # on the module until it is restored
+    why = "the model as a whole"  # what is captured at once
 
     def __init__(
         self,

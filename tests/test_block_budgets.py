@@ -359,3 +359,20 @@ def test_nothing_to_choose() -> None:
     assert plan_of(model).peak == plan_of(model).eager_peak
     with pytest.raises(BudgetError, match="outside of the blocks"):
         loss_of(rewritten(Skipping(Layer(), Layer()), "1 KiB"), batch())
+
+
+def test_reports_tell_of_the_step(tmp_path: Any) -> None:
+    model = rewritten(net(), 0.7)
+    loss_of(model, batch()).backward()
+    plan, report = plan_of(model), fxckpt.explain(model)
+    assert (report.peak, report.eager_peak) == (plan.peak, plan.eager_peak)
+    assert (report.budget, report.bound, report.seconds) == (plan.budget, plan.bound, plan.seconds)
+    assert report.units == "5 blocks, as asked"
+    assert all(sum(m.kinds) == m.live for m in (*report.before, *report.after))
+    assert sum(holding.bytes for holding in report.at_peak) == plan.peak
+    assert {row.path.split(".")[1] for row in report.rows} == set("01234")
+    again = sum(row.seconds for row in report.rows if row.action == "recomputed")
+    assert again == pytest.approx(plan.seconds)
+    text = str(report) + report.to_markdown() + report._repr_html_()
+    assert "outside" in text
+    report.to_html(tmp_path / "page.html")

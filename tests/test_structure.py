@@ -97,6 +97,7 @@ LAYERS = (
     "parts",
     "unit",
     "blocks",
+    "composed",
     "module",
     "planning",
     "verification",
