@@ -120,6 +120,8 @@ class Account:
         bound: Seconds that every plan within the budget takes at least; None without a budget.
         measured: Bytes at the peak of a step that was run for that; None if none was.
         allocated: The most that was allocated on the CUDA device so far; None on others.
+        captures: How often the model was captured so far, if one capture is to serve many sizes
+            (`rewrite(dynamic=True)`); else None.
         before: The operations of the step as it is. Empty if the model runs in parts; of blocks
             within a budget, forward and backward of each, and what runs between them.
         after: Those of the step that is explained.
@@ -143,6 +145,7 @@ class Account:
     bound: float | None
     measured: int | None
     allocated: int | None
+    captures: int | None
     before: tuple[Moment, ...] = dataclasses.field(repr=False)
     after: tuple[Moment, ...] = dataclasses.field(repr=False)
     at_peak: tuple[Holding, ...] = dataclasses.field(repr=False)

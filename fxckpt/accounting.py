@@ -93,6 +93,7 @@ def account_of(subject: Subject, about: Circumstances) -> Account:
         None if plan is None else plan.bound,
         None,
         None,
+        None,
         before,
         after,
         _holdings(replay),

@@ -28,7 +28,7 @@ from fxckpt import levels
 from fxckpt.arguments import Call
 from fxckpt.budgeting import Budgeting
 from fxckpt.capture import is_capturing
-from fxckpt.captures import Options
+from fxckpt.captures import Captures, Options
 from fxckpt.errors import CaptureError, FallbackWarning, FxckptError, PolicyError
 from fxckpt.installation import exchange, installed, original_class, original_forward
 from fxckpt.kin import Kin
@@ -37,7 +37,7 @@ from fxckpt.places import Position, stack_level_of_user
 from fxckpt.planner import WithinBudget
 from fxckpt.runtime import Captured
 from fxckpt.selectors import is_below, listed
-from fxckpt.unit import Unit, is_traced, run_within
+from fxckpt.unit import Unit, is_traced, run_traced, run_within
 
 Units = str | Iterable[str] | None
 
@@ -74,8 +74,10 @@ class Blocks:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs the module's forward, its blocks by their units if gradients may be wanted."""
-        if not (module.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+        if not (module.training and torch.is_grad_enabled()):
             return original_forward(module)(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return run_traced(module, args, kwargs)
         if self._structure != _structure(self._containers):
             self.parts = self._found(module)
 
@@ -122,6 +124,10 @@ class Blocks:
         """What ran in the latest step, and where, see `Unit.captured`."""
         runners = [(path, unit.latest) for path, unit in self.parts.runners()]
         return [(path, latest) for path, latest in runners if latest is not None]
+
+    def histories(self) -> list[Captures]:
+        """What was captured of each block."""
+        return [each for _, unit in self.parts.runners() for each in unit.histories()]
 
     def for_module(self, module: nn.Module) -> Blocks:
         """This runner, or a new one with the same options if `module` is a copy of its owner."""
@@ -175,8 +181,10 @@ class Undecided:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs the forward by what is decided, if gradients may be wanted."""
-        if not (module.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+        if not (module.training and torch.is_grad_enabled()):
             return original_forward(module)(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return run_traced(module, args, kwargs)
         if is_capturing():  # something around it; that does not change it
             return run_within(self.options, module, args, kwargs)
         return self._decided(module)(module, args, kwargs)

@@ -41,6 +41,7 @@ from fxckpt.places import ROOT, Places, Position
 from fxckpt.reads import Reads, attributes_read
 from fxckpt.recorder import Recorder
 from fxckpt.state import Assignment, Held, held_tensors, substituted
+from fxckpt.symbols import SYMBOLIC, Symbols, are_in, hints
 from fxckpt.tape import Result, Tape, reported
 from fxckpt.values import Guard, evaluate, is_readable, make_guard, summary
 
@@ -53,6 +54,7 @@ def capture(
     module: nn.Module | None = None,
     position: Position = ROOT,
     reads: Reads | None = None,
+    dynamic: bool = False,
 ) -> Tape:
     """Records what `fn(*args, **kwargs)` does to tensors, without doing it.
 
@@ -63,6 +65,7 @@ def capture(
         module: The module whose parameters and buffers `fn` reads.
         position: Where it stands in the model that was rewritten.
         reads: Gets the attributes of modules that `fn` reads.
+        dynamic: Whether sizes of arguments are symbols, see `symbols`.
 
     Raises:
         CaptureError: if a graph cannot reproduce the call exactly. The program, its random number
@@ -74,7 +77,7 @@ def capture(
 
         def session(left: Mapping[int, torch.Tensor]) -> _Session:
             call = Call.of(args, dict(kwargs or {}))
-            return _Session(module, position, call, reads, left, before)
+            return _Session(module, position, call, reads, left, before, Symbols(dynamic=dynamic))
 
         _capturing.active = True
         try:
@@ -92,8 +95,8 @@ def capture(
         return tape
 
 
-def _new_mode() -> FakeTensorMode:
-    mode = invisible.fake_mode()
+def _new_mode(symbols: Symbols) -> FakeTensorMode:
+    mode = invisible.fake_mode(symbols.environment)
     _modes.add(mode)
     return mode
 
@@ -118,8 +121,10 @@ class _Session:
         reads: Reads,
         left: Mapping[int, torch.Tensor],
         outside: Surroundings,
+        symbols: Symbols,
     ) -> None:
         self.module, self.reads, self.left = module, reads, left
+        self.symbols = symbols
         self.inputs, self.input_spec = call.inputs, call.spec
         self.parts, self.outside = call.parts(), weakref.proxy(outside)
         self.held = _held(module) if module is not None else {}
@@ -129,7 +134,9 @@ class _Session:
         self.own = next((t.fake_mode for t in everything if isinstance(t, FakeTensor)), None)
         if self.own in _modes:
             raise CaptureError("forward reads a tensor that was left by another capture")
-        self.fake_mode = self.own or _new_mode()
+        if self.own is not None and symbols.environment is not None:
+            raise CaptureError("the arguments are fake tensors, which have sizes of their own")
+        self.fake_mode = self.own or _new_mode(symbols)
         self.places = Places(module, position)
         me = weakref.proxy(self)  # no cycle: the tape keeps both
         self.recorder = Recorder(
@@ -137,6 +144,7 @@ class _Session:
             lambda tensor, **options: me._adopt(tensor, **options),
             self.places,
             lambda func, args, kwargs: me._read(func, args, kwargs),
+            symbols,
         )
         self.primals: dict[int, Primal] = {}  # by id of the real tensor
         self.names: set[str] = set()  # of primals
@@ -144,6 +152,7 @@ class _Session:
         self.guards: list[Guard] = []
         self.attributes: dict[int, set[str]] = {}  # names of those of primals, by id of the fake
         self.outputs: list[torch.Tensor] = []
+        self._told: dict[int, Result] = {}  # by id of what it is made from
 
     def run(self, fn: Callable[..., Any]) -> Tape:
         for held in self.held.values():
@@ -224,14 +233,18 @@ class _Session:
     def _add_primal(self, tensor: torch.Tensor, name: str, kind: str, source: Any) -> Primal:
         if isinstance(tensor, FakeTensor) and tensor.fake_mode is not self.own:
             raise CaptureError("forward reads a tensor that was left by another capture")
-        fake = _fake_like(tensor, self.fake_mode)
+        size: Any = tensor.size()
+        stride: Any = tensor.stride()
+        if kind == "input":
+            size, stride = self.symbols.geometry(tensor)
+        fake = _fake_like(tensor, self.fake_mode, size, stride)
         if name in self.names:  # of a list, or of an argument that is called like a parameter
             name = next(n for i in itertools.count(1) if (n := f"{name}_{i}") not in self.names)
         self.names.add(name)
         node = self.recorder.add_placeholder(fake, name)
         node.meta["kind"] = kind
         primal = Primal(name, kind, fake, node, source, [fake])
-        self.attributes[id(fake)] = {*fake.__dict__}
+        self.attributes[id(fake)] = _attributes(fake)
         self.primals[id(tensor)] = primal
         if is_readable(primal, tensor) and not isinstance(tensor, FakeTensor):
             self.real[node] = tensor
@@ -258,16 +271,16 @@ class _Session:
         if recorder.phase == "backward":
             raise CaptureError(f"backward reads a value ({func})")
         nodes = recorder.nodes(args), recorder.nodes(kwargs)
-        primals, compute = make_guard(recorder.graph, func, *nodes, self.real)
-        value = evaluate(compute, (self.real[p] for p in primals))
+        primals, compute = make_guard(recorder.graph, func, *nodes, self.real, self.symbols)
+        value = evaluate(compute, (self.real[p] for p in primals), self.symbols.sizes)
         by_node = {p.node: p for p in self.primals.values()}
-        if any(by_node[n].kind != "literal" for n in primals):
+        if any(by_node[n].kind != "literal" for n in primals) or are_in(compute.graph):
             names = tuple(by_node[n].name for n in primals)
             self.guards.append(Guard(names, compute, summary(value)))
         if isinstance(value, torch.Tensor):
-            return _fake_like(value, self.fake_mode)
+            return _fake_like(value, self.fake_mode, value.size(), value.stride())
         if isinstance(value, (tuple, list)):
-            return tuple(_fake_like(v, self.fake_mode) for v in value)
+            return tuple(_fake_like(v, self.fake_mode, v.size(), v.stride()) for v in value)
         return value
 
     # -- the result
@@ -279,6 +292,7 @@ class _Session:
         tensors, spec = tree.flatten((result, values), parts=made, known=arguments.known)
         put, changes = arguments.changes(self.parts, made, self.outside)
         tensors += put
+        _refuse_symbols(spec, changes.spec)
         results = self._results(tensors)
         if any(t.requires_grad and results[id(t)].views for t in put):
             # Its gradient would enter at the base, in another order than in eager mode.
@@ -300,12 +314,26 @@ class _Session:
             list(self.primals.values()),
             outputs,
             [recorder.node_for(t) for t in outputs],
-            [results[id(t)] for t in tensors],
+            [self._in_numbers(results[id(t)]) for t in tensors],
             spec,
             [(without_cycle(a.slot[0], self.module), a.slot[1]) for a in assignments],
             changes,
             self.guards,
+            self.symbols,
         )
+
+    def _in_numbers(self, result: Result) -> Result:
+        """A result whose views are told in numbers that follow from the sizes of a call."""
+        if not self.symbols.count:
+            return result
+        key = id(result)
+        if key not in self._told:
+            views = [
+                (func, *self.symbols.numbers((args, kwargs), self.symbols.sizes), index, grad)
+                for func, args, kwargs, index, grad in result.views
+            ]
+            self._told[key] = Result(result.origin, tuple(views))
+        return self._told[key]
 
     def _results(self, tensors: list[torch.Tensor]) -> dict[int, Result]:
         """How each tensor is made, by `id`: the same tensor, the same result."""
@@ -337,12 +365,12 @@ class _Session:
         """Refuses what happens to a tensor besides its contents."""
         real, fake = self.real_of(primal), primal.fake
         if not (
-            fake.shape == real.shape
-            and fake.stride() == real.stride()
+            hints(fake.shape) == real.shape
+            and hints(fake.stride()) == real.stride()
             and fake.requires_grad == real.requires_grad
             and fake.grad_fn is None
             and fake.grad is None
-            and fake.__dict__.keys() == self.attributes[id(fake)]
+            and _attributes(fake) == self.attributes[id(fake)]
         ):
             raise CaptureError(f"forward changes the shape, flags or attributes of {primal.name}")
 
@@ -357,6 +385,14 @@ class _Session:
                 raise CaptureError(
                     f"forward changes {primal.name} in place, which overlaps another"
                 )
+
+
+def _refuse_symbols(*specs: tree.Spec) -> None:
+    """Raises if a result holds a size that is no tensor's: the next call has another."""
+    for spec in specs:
+        if tree.holds(spec.payload, SYMBOLIC):
+            raise CaptureError("forward returns or keeps a size of its arguments")
+        _refuse_symbols(*spec.children)
 
 
 def _base_and_views(recorder: Recorder, tensor: torch.Tensor) -> tuple[torch.Tensor, Any]:
@@ -434,17 +470,20 @@ def _refuse_exotic(tensor: torch.Tensor) -> None:
         raise CaptureError(f"a tensor on {tensor.device} is used by a torch without CUDA")
 
 
-def _fake_like(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
-    """A fake with the geometry of `tensor`, on a storage of its own: a leaf without hooks."""
+def _fake_like(tensor: torch.Tensor, mode: FakeTensorMode, size: Any, stride: Any) -> torch.Tensor:
+    """A fake of some geometry that stands for `tensor`, on a storage of its own: without hooks."""
     with mode:
-        fake = torch.empty_strided(
-            tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device
-        )
+        fake = torch.empty_strided(size, stride, dtype=tensor.dtype, device=tensor.device)
     if isinstance(tensor, nn.Parameter):
         fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
     for key, value in tensor.__dict__.items():
         fake.__dict__.setdefault(key, value)
     return fake.requires_grad_(tensor.requires_grad)
+
+
+def _attributes(tensor: torch.Tensor) -> set[str]:
+    """Names of what is attached to a tensor; torch puts its symbols there at the first look."""
+    return {name for name in tensor.__dict__ if "_capsule" not in name}
 
 
 def _same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:

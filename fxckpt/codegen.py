@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import linecache
+import math
 import re
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +22,23 @@ class AnnotatedCodeGen(_BoxedCodeGen):
     """Generates a function of one list, which it empties so that nothing outlives its last use.
 
     A node with `meta["region"]` starts a run of lines under that text as a comment.
+
+    Args:
+        symbols: Names in the arguments of operations; a tuple of what they stand for is the last
+            element of the list.
     """
+
+    def __init__(self, symbols: Sequence[str] = ()) -> None:
+        super().__init__()
+        self._symbols = symbols
+
+    def gen_fn_def(self, *args: Any, **kwargs: Any) -> str:
+        """The beginning of the function, as torch has it, with symbols."""
+        definition: str = super().gen_fn_def(*args, **kwargs)
+        if not self._symbols:
+            return definition
+        signature, *rest = definition.split("\n")
+        return "\n".join([signature, f"    ({', '.join(self._symbols)},) = args_list.pop()", *rest])
 
     def _gen_python_code(self, nodes: Any, *args: Any, **kwargs: Any) -> PythonCode:
         regions = {node.name: node.meta.get("region", "") for node in nodes}
@@ -35,6 +53,7 @@ class AnnotatedCodeGen(_BoxedCodeGen):
             lines.append(line)
         code.src, code._lineno_map = "\n".join(lines), None
         _bind_operations(code)
+        code.globals["math"] = math
         return code
 
 
@@ -54,9 +73,9 @@ def _bind_operations(code: PythonCode) -> None:
     code.src = _OPERATION.sub(bound, code.src)
 
 
-def graph_module(graph: Graph, name: str) -> GraphModule:
-    """A module that runs `graph` with boxed arguments."""
-    graph.set_codegen(AnnotatedCodeGen())
+def graph_module(graph: Graph, name: str, symbols: Sequence[str] = ()) -> GraphModule:
+    """A module that runs `graph` with boxed arguments, see `AnnotatedCodeGen`."""
+    graph.set_codegen(AnnotatedCodeGen(symbols))
     module = GraphModule({}, graph, class_name=name)
     weakref.finalize(module, _forget_source, module.forward.__code__.co_filename)
     return module

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from torch.fx import Node
-from torch.fx.node import map_aggregate, map_arg
 from torch.utils.flop_counter import flop_registry
 
 from fxckpt import ops
 from fxckpt.joint import Joint
+from fxckpt.kernels import MISFITS, by_themselves, call_of, signature, values
 from fxckpt.rates import Device, measured, seconds_of
 
 aten = torch.ops.aten
@@ -54,7 +54,7 @@ class Costs:
         formula = flop_registry.get(_FORMULAS.get(target, getattr(target, "overloadpacket", None)))
         if formula is None:
             return 0
-        args, kwargs = _values((ops.op_arguments(node), node.kwargs))
+        args, kwargs = values((ops.op_arguments(node), node.kwargs))
         return int(formula(*args, **kwargs, out_val=node.meta["val"]))
 
 
@@ -75,11 +75,6 @@ def bytes_moved(node: Node) -> int:
     return sum(t.numel() * t.element_size() for t in _tensors((read, node.meta["val"])))
 
 
-def signature(node: Node) -> Any:
-    """What the time of an operation depends on: equal for nodes that do the same work."""
-    return str((ops.operation(node), _described((ops.op_arguments(node), node.kwargs))))
-
-
 def _is_free(node: Node) -> bool:
     view = node.meta.get("alias") is not None or node.target in (getitem, aten._unsafe_view.default)
     return view or ops.is_blank(node)
@@ -98,19 +93,6 @@ def _tensors(tree: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(each)
 
 
-def _values(tree: Any) -> Any:
-    return map_arg(tree, lambda node: node.meta["val"])
-
-
-def _described(tree: Any) -> Any:
-    def describe(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value
-        return tuple(value.shape), value.stride(), value.dtype, value.device
-
-    return map_aggregate(_values(tree), describe)
-
-
 # --- timing ---------------------------------------------------------------------------------------
 
 
@@ -123,29 +105,14 @@ def profiled(joint: Joint, device: torch.device) -> Costs:
     for node in (*joint.forward_nodes(), *joint.backward_nodes()):
         if _is_free(node) or (key := signature(node)) in known:
             continue
-        with ops.rng_state_as(ops.read_rng_state(device), device), torch.no_grad():
+        with by_themselves(device):
             if (seconds := _timed(node, device)) is not None:
                 known[key] = seconds
     return Costs(measured(device), known)
 
 
 def _timed(node: Node, device: torch.device) -> float | None:
-    args, kwargs = map_aggregate(_values((node.args, node.kwargs)), _random_like)
-    if node.target is ops.inplace:
-        op, plan, *rest = args
-        args = (op, [(key, view, False) for key, view, _ in plan], *rest)
-    function: Any = node.target
     try:
-        return seconds_of(lambda: function(*args, **kwargs), device)
-    except (RuntimeError, IndexError, TypeError, ValueError):
-        return None  # what it computes on has to fit together
-
-
-def _random_like(value: Any) -> Any:
-    """Real contents for a fake tensor: integers are zero, which is an index into anything."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    made = torch.empty_strided(
-        value.shape, value.stride(), dtype=value.dtype, device=value.device
-    ).zero_()
-    return made.uniform_() if made.is_floating_point() else made
+        return seconds_of(call_of(node), device)
+    except MISFITS:
+        return None

@@ -37,6 +37,8 @@ from fxckpt.solve import Floats, Problem, Solution, sums
 
 _DEPTH = 12
 _MOST_CUTS, _MOST_ROUNDS = 6, 4  # moments that one round adds; with fewer rows a bound is lower
+_FEW, _MOST_NODES = 48, 30  # operations that run again, nodes of branching for a sharper bound
+_GAIN = 1e-3  # of the optimum, that a round has to bring for there to be another one
 _TOLERANCE, _SLACK = (
     1e-4,
     0.01,
@@ -109,6 +111,7 @@ class Exact:
         self._known: dict[Cut, _Rows] = {}
         self._cuts: dict[Cut, _Rows] = {}  # those that are in use
         self._scale = max(float(problem.seconds.max(initial=0.0)), 1e-12)
+        self._latest: Any = None
 
     def solve(self, budget: float, *, whole: bool = False) -> Solution | None:
         """The optimum for a budget in bytes; None if nothing fits.
@@ -122,16 +125,35 @@ class Exact:
             return None
         found = None
         for solver in (self._relaxed, self._branched) if whole else (self._relaxed,):
+            before = 0.0
             for _ in range(_MOST_ROUNDS):
                 matrix, bounds, objective = self._assembled(budget)
                 found = solver(matrix, bounds, objective)
                 if found.x is None:
                     return None
-                if not self._cut(found.x[: self._columns], budget):
+                gains = found.fun > (1 + _GAIN) * before
+                if not gains or not self._cut(found.x[: self._columns], budget):
                     break
+                before = found.fun
         assert found is not None
+        self._latest = found
         self._keep_tight(matrix @ found.x, bounds - _SLACK * budget / self._unit)
         return self._solution(found, whole)
+
+    def sharpened(self, budget: float) -> float | None:
+        """A bound over whole numbers, which is higher; for the budget that was solved for last.
+
+        Where little runs again, it matters that a value is saved as a whole, and is soon found out.
+        Elsewhere, that takes long, and brings less: None.
+        """
+        found = self._latest
+        if found is None or np.count_nonzero(found.x[self._n :][: self._m] > _TOLERANCE) > _FEW:
+            return None
+        matrix, bounds, objective = self._assembled(budget)
+        found = self._branched(matrix, bounds, objective, nodes=_MOST_NODES, count=self._n)
+        if found.mip_dual_bound is None:
+            return None
+        return max(float(found.mip_dual_bound) - self._ties(), 0.0) * self._scale
 
     def _keep_tight(self, values: Floats, least: Floats) -> None:
         """Drops the moments that do not bind; those that were added last are not known yet."""
@@ -144,32 +166,40 @@ class Exact:
     def _relaxed(self, matrix: csr_matrix, bounds: Floats, objective: Floats) -> Any:
         return linprog(objective, matrix, bounds, bounds=(0, 1), method="highs")
 
-    def _branched(self, matrix: csr_matrix, bounds: Floats, objective: Floats) -> Any:
+    def _branched(
+        self,
+        matrix: csr_matrix,
+        bounds: Floats,
+        objective: Floats,
+        nodes: int = 1,
+        count: int | None = None,
+    ) -> Any:
+        """Solves for whole numbers in the first columns, by default in all that are decisions."""
         integrality = np.zeros(len(objective))
-        integrality[: self._n + 2 * self._m] = 1
-        constraints, options = (
-            LinearConstraint(matrix, ub=bounds),
-            {"node_limit": 1, "mip_rel_gap": 3e-3},
-        )
+        integrality[: self._n + 2 * self._m if count is None else count] = 1
         return milp(
             objective,
-            constraints=constraints,
+            constraints=LinearConstraint(matrix, ub=bounds),
             bounds=Bounds(0, 1),
             integrality=integrality,
-            options=options,
+            options={"node_limit": nodes, "mip_rel_gap": 3e-3},
         )
 
     def _solution(self, found: Any, whole: bool) -> Solution:
         n, m, x = self._n, self._m, found.x
         costs = self._costs(n + 2 * m)
         value = found.mip_dual_bound if whole else float(costs @ x[: n + 2 * m])
-        seconds = max(value - float(costs[:n].sum()), 0.0)  # without what decides between equals
+        seconds = max(value - self._ties(), 0.0)
         return Solution(x[:n], x[n + m : n + 2 * m][self.problem.producer], seconds * self._scale)
+
+    def _ties(self) -> float:
+        """The most that what decides between equals can cost."""
+        return float(self._costs(self._n).sum())
 
     def _costs(self, columns: int) -> Floats:
         problem, n, m = self.problem, self._n, self._m
         costs = np.zeros(columns)
-        costs[n : n + 2 * m] = np.tile(problem.seconds, 2)
+        costs[n : n + 2 * m] = np.tile(problem.seconds, 2)[: max(columns - n, 0)]
         costs[:n] = 1e-6 * problem.seconds.sum() / max(problem.sizes.sum(), 1.0) * problem.sizes
         return costs / self._scale
 

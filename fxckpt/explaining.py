@@ -14,6 +14,7 @@ from torch import nn
 from fxckpt import composed, policies
 from fxckpt.account import AS_IT_IS, Account, Input, Row
 from fxckpt.accounting import Circumstances, Subject, account_of
+from fxckpt.arguments import Call
 from fxckpt.blocks import Blocks
 from fxckpt.capture import capture
 from fxckpt.errors import CaptureError, FxckptError
@@ -102,7 +103,8 @@ def explain(
     account = _of_parts(subjects, about, why) if why else account_of(subjects[0][1], about)
     if installed(runs) is not None and not given:
         account = _with_units(account, runner_of(runs))
-    account = dataclasses.replace(account, allocated=_allocated(module))
+    history = _history(module, account)
+    account = dataclasses.replace(account, allocated=_allocated(module), **history)
     if measure:
         account = dataclasses.replace(account, measured=measured_peak(runs, args, kwargs))
     return Report(**{f.name: getattr(account, f.name) for f in dataclasses.fields(account)})
@@ -133,6 +135,8 @@ def _of_rewritten(
         if isinstance(found, CaptureError):
             raise found
         captured, why = [("", found)] if found is not None else [], ""
+        if found is not None:
+            found.latest = found.sizes_of(Call.of(args, kwargs).inputs)
         runner = runner_of(module)  # it may have been undecided
     else:
         captured = runner.captured()
@@ -146,6 +150,20 @@ def _of_rewritten(
     return [(path, _of_captured(each, runner.options)) for path, each in captured], why
 
 
+def _history(module: nn.Module, account: Account) -> dict[str, Any]:
+    """What an account says of the captures so far, if these are to serve many sizes."""
+    runner = runner_of(module) if installed(module) is not None else None
+    if runner is None or not runner.options.dynamic:
+        return {}
+    histories = runner.histories()
+    reasons = dict.fromkeys(why for each in histories for why in each.of_one_size.values())
+    warned = tuple(f"captured size by size: {why}" for why in reasons)
+    return {
+        "captures": sum(each.count for each in histories),
+        "warnings": (*account.warnings, *warned),
+    }
+
+
 def _why_parts(runner: Any, count: int) -> str:
     """Why parts of a model run by themselves; nothing if it runs as a whole."""
     if runner.failure is not None:
@@ -156,13 +174,11 @@ def _why_parts(runner: Any, count: int) -> str:
 
 
 def _of_captured(captured: Captured, options: Any) -> Subject:
-    program = captured.program
+    given, joint, choice = captured.seen(captured.latest)
     plan_of = getattr(options.decide, "plan_of", None)
-    plan = (
-        plan_of(captured.given) if plan_of is not None and not program.joint.position.path else None
-    )
+    plan = plan_of(given) if plan_of is not None and not joint.position.path else None
     how = options.told if plan is None else f"budget {readable(plan.budget)}"
-    return Subject(captured.given, program.joint, program.choice, how, plan)
+    return Subject(given, joint, choice, how, plan)
 
 
 def _of_plain(

@@ -32,6 +32,7 @@ from torch.fx.node import map_arg
 from fxckpt import ops, shapes
 from fxckpt.invisible import outside_of_modes
 from fxckpt.shapes import Geometry
+from fxckpt.symbols import Sizes, at
 
 
 class Misfit(Exception):
@@ -47,19 +48,24 @@ class Misfit(Exception):
         self.op, self.learned = op, learned
 
 
-def run(module: GraphModule, args: list[Any]) -> Any:
+def run(module: GraphModule, args: list[Any], sizes: Sizes) -> Any:
     """Runs a graph on a list of arguments, which it empties, as `module.forward` does.
+
+    Args:
+        module: The graph.
+        args: Its arguments.
+        sizes: What the symbols in it are in this call.
 
     Raises:
         Misfit: if results differ from the fake ones.
     """
     if any(isinstance(a, FakeTensor) for a in args):  # nothing real to compare with
-        return module.forward(args)
+        return module.forward([*args, sizes])
     graph = module.graph
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     values = {n: value for n, value in zip(placeholders, args, strict=True) if n.users}
     args.clear()
-    dying, check = _dying(graph), _Check()
+    dying, check = _dying(graph), _Check(sizes)
     for node in graph.nodes:
         if node.op == "call_function":
             try:
@@ -74,7 +80,7 @@ def run(module: GraphModule, args: list[Any]) -> Any:
 
 
 def _compute(node: Node, values: dict[Node, Any], check: _Check) -> None:
-    args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+    args, kwargs = map_arg(at((node.args, node.kwargs), check.sizes), values.__getitem__)
     function: Any = node.target
     result = function(*args, **kwargs)
     check.compare(node, result)
@@ -97,7 +103,8 @@ def _dying(graph: Graph) -> dict[Node, list[Node]]:
 class _Check:
     """Compares real results with fake ones, and learns from those that differ."""
 
-    def __init__(self) -> None:
+    def __init__(self, sizes: Sizes) -> None:
+        self.sizes = sizes
         self._unfit: set[Node] = set()
         self._misfit: Misfit | None = None
 
@@ -107,14 +114,14 @@ class _Check:
         if node.target is getitem:
             if reads_unfit:
                 self._unfit.add(node)
-        elif not _fits(node.meta.get("val"), result):
+        elif not _fits(node.meta.get("val"), result, self.sizes):
             self._unfit.add(node)
             if not reads_unfit:
                 self._blame(node, result)
 
     def _blame(self, node: Node, result: Any) -> None:
         with outside_of_modes():
-            call = _call_of(node)
+            call = _call_of(node, self.sizes)
             learned = _learn(call, node, result)
         if self._misfit is None or not learned:
             self._misfit = Misfit(call.op, learned)
@@ -125,17 +132,14 @@ class _Check:
             raise self._misfit
 
 
-def _fits(fake: Any, real: Any) -> bool:
+def _fits(fake: Any, real: Any, sizes: Sizes) -> bool:
     if isinstance(fake, torch.Tensor):
-        return isinstance(real, torch.Tensor) and shapes.alike(fake, real)
+        return isinstance(real, torch.Tensor) and shapes.alike(Geometry.seen(fake, sizes), real)
     if isinstance(fake, (tuple, list)) and isinstance(real, (tuple, list)):
         # Running statistics are missing at the end of what is recomputed.
-        return all(map(_result_fits, fake, real))
+        each = zip(fake, real, strict=False)
+        return all((f is None) == (r is None) and _fits(f, r, sizes) for f, r in each)
     return True
-
-
-def _result_fits(fake: Any, real: Any) -> bool:
-    return (fake is None) == (real is None) and _fits(fake, real)
 
 
 # -- learning
@@ -151,15 +155,20 @@ class _Call:
     mutated: int  # how many results, at the end, are mutated arguments; -1: as its schema says
 
 
-def _call_of(node: Node) -> _Call:
+def _call_of(node: Node, sizes: Sizes) -> _Call:
     target: Any = node.target
-    plain = node.args
+    plain, given = at((node.args, node.kwargs), sizes)
     if target is ops.with_rng_state:
         target, plain = plain[2], plain[3:]
     elif target is ops.inplace_with_rng_state:
         target, plain = ops.inplace, plain[2:]
-    args: list[Any] = list(map_arg(plain, _geometry))
-    kwargs: dict[str, Any] = dict(map_arg(node.kwargs, _geometry))
+
+    def geometry(node: Node) -> Any:
+        val = node.meta.get("val")
+        return Geometry.seen(val, sizes) if isinstance(val, torch.Tensor) else None
+
+    args: list[Any] = list(map_arg(plain, geometry))
+    kwargs: dict[str, Any] = dict(map_arg(given, geometry))
     if target is not ops.inplace:
         return _Call(target, args, kwargs, -1)
     op, plan, *args = args
@@ -169,11 +178,6 @@ def _call_of(node: Node) -> _Call:
             size, stride, _ = view
             holder[key] = dataclasses.replace(holder[key], size=size, stride=stride)
     return _Call(op, args, kwargs, len(plan))
-
-
-def _geometry(node: Node) -> Any:
-    val = node.meta.get("val")
-    return Geometry.of(val) if isinstance(val, torch.Tensor) else None
 
 
 def _learn(call: _Call, node: Node, result: Any) -> bool:

@@ -20,7 +20,8 @@ class Frontier(Sequence[Plan]):
         plans: These.
         peers: What usual strategies come to, by name: bytes at the peak, and what runs again
             relative to the step.
-        beside: For each of these, the plan in its memory, if it needs less than the step as it is.
+        beside: For each of these, the plan in its memory, if it needs less than the step as it is
+            and there is one.
     """
 
     plans: tuple[Plan, ...]

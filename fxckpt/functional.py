@@ -39,6 +39,7 @@ class Options(TypedDict, total=False):
     profile: bool
     decompose: bool
     compile: bool
+    dynamic: bool
 
 
 @overload
@@ -62,8 +63,8 @@ def checkpoint(fn: Callable[..., Any] | None = None, **options: Unpack[Options])
         fn: Any function of nested containers of tensors; other arguments are static. It may read
             tensors and modules from around it. Left out, `checkpoint` is a decorator with options.
         **options: Those of `rewrite`: `policy`, `budget`, `plan`, `save`, `recompute`,
-            `cache_size`, `strict`, `planning_seconds`, `profile`, `decompose`, `compile`. Without
-            any of the first five, all is recomputed: policy="nothing".
+            `cache_size`, `strict`, `planning_seconds`, `profile`, `decompose`, `compile`,
+            `dynamic`. Without any of the first five, all is recomputed: policy="nothing".
 
     Raises:
         PolicyError: if `fn` is not callable, or the policy makes no sense.

@@ -7,6 +7,7 @@ import logging
 import random
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -151,13 +152,25 @@ def _with_values(data: Any) -> Any:
     return data
 
 
-def fake_mode() -> FakeTensorMode:
-    """A mode for fakes that programs run on.
+def fake_mode(environment: Any = None) -> FakeTensorMode:
+    """A mode for fakes that programs run on; `environment` is the `ShapeEnv`, if sizes are symbols.
 
     Their address is refused; by default it would be zero, with a warning the first time.
     """
     with functorch_config.patch(fake_tensor_allow_unsafe_data_ptr_access=False):
-        return FakeTensorMode(allow_non_fake_inputs=True)
+        mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=environment)
+    # What is kept of operations on symbols costs more than it saves.
+    mode.cache_enabled = mode.cache_enabled and environment is None
+    _own_modes.add(mode)
+    return mode
+
+
+def stands_for_real(tensor: torch.Tensor) -> bool:
+    """Whether a fake was made for a real tensor, not by a program that runs on fakes itself."""
+    return getattr(tensor, "fake_mode", None) in _own_modes
+
+
+_own_modes: weakref.WeakSet[FakeTensorMode] = weakref.WeakSet()
 
 
 @contextlib.contextmanager

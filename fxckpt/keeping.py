@@ -17,6 +17,7 @@ from fxckpt.escapes import Escapes, Kept
 from fxckpt.holders import Surroundings
 from fxckpt.joint import Primal, reachable
 from fxckpt.recorder import Recorder
+from fxckpt.symbols import Symbols
 from fxckpt.tape import Tape
 from fxckpt.values import evaluated
 
@@ -30,6 +31,7 @@ class Session(Protocol):
     primals: dict[int, Primal]
     left: Left
     own: Any
+    symbols: Symbols
 
     def run(self, fn: Callable[..., Any]) -> Tape:
         """Captures."""
@@ -102,6 +104,8 @@ def _values(session: Session, kept: list[Kept]) -> dict[int, torch.Tensor]:
     Raises:
         CaptureError: if one of them is another at the next call, or has a gradient.
     """
+    if session.symbols.count:
+        raise CaptureError("forward keeps a tensor outside of its modules")  # that of one size
     fakes = {id(p.fake): p for p in session.primals.values()}
     values: dict[int, torch.Tensor] = {}
     wanted: dict[int, Node] = {}
@@ -121,7 +125,7 @@ def _values(session: Session, kept: list[Kept]) -> dict[int, torch.Tensor]:
             )
         wanted[id(tensor)] = node
     real = {p.node: session.real_of(p) for p in session.primals.values()}
-    return values | evaluated(session.recorder.graph, wanted, real)
+    return values | evaluated(session.recorder.graph, wanted, real, session.symbols)
 
 
 def _is_settled(session: Session, node: Node) -> bool:

@@ -112,7 +112,7 @@ def forward_of(module: nn.Module) -> Callable[..., Any]:
 
 
 def _is_valid(captured: Captured) -> bool:
-    return captured.standing.misfit is None and not captured.standing.withdrawn
+    return captured.standing.is_good
 
 
 def _is_bound_to(captured: Captured, module: nn.Module, call: Call) -> bool:

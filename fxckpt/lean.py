@@ -25,6 +25,7 @@ from torch.fx import Graph, Node
 
 from fxckpt import ops
 from fxckpt.joint import Joint, memory_of, owner_of
+from fxckpt.symbols import blank, looks
 
 aten = torch.ops.aten
 
@@ -118,7 +119,7 @@ def _is_worth_two_calls(node: Node, last: Mapping[Node, Node]) -> bool:
     mask: Any
     x, mask = node.args[1], node.args[-1]
     dies = x.op == "call_function" and last[owner_of(x)] is node
-    return dies and mask[0] and mask[1] and ops.can_be_imitated(x.meta["val"])
+    return dies and mask[0] and mask[1] and can_be_imitated(x.meta["val"])
 
 
 def _differentiate_twice(node: Node) -> None:
@@ -145,17 +146,24 @@ def _like(node: Node, args: tuple[Any, ...], name: str) -> Node:
 # --- shapes alone ---------------------------------------------------------------------------------
 
 
+def can_be_imitated(val: torch.Tensor) -> bool:
+    """Whether kernels take one element, expanded, for what a tensor looks like.
+
+    Then they see neither layout as the one to keep, and take that for contiguous memory.
+    """
+    return looks(val).contiguous and val.numel() > 1
+
+
 def _imitate(node: Node, position: int) -> None:
     """Gives an operation a tensor of one element in the place of an operand."""
     operand: Any = node.args[position]
     val = operand.meta["val"]
-    if operand.op != "call_function" or not ops.can_be_imitated(val):
+    if operand.op != "call_function" or not can_be_imitated(val):
         return
-    shape = list(val.shape)
+    fake = blank(val)
+    args = ([*looks(val).size], list(fake.stride()))
     options: dict[str, Any] = {"dtype": val.dtype, "device": val.device}
-    args = (shape, [0] * len(shape))
     with node.graph.inserting_before(node):
-        blank = node.graph.call_function(aten.empty_strided.default, args, options)
-    with val.fake_mode:
-        blank.meta = {**node.meta, "val": torch.empty_strided(*args, **options)}
-    node.update_arg(position, blank)
+        made = node.graph.call_function(aten.empty_strided.default, args, options)
+    made.meta = {**node.meta, "val": fake}
+    node.update_arg(position, made)

@@ -17,7 +17,7 @@ and buffers are there already. It comes and goes like this:
     residuals       die at their last reader in backward
 
 Not counted: what kernels allocate and free while they run, apart from what `workspace` knows; what
-follows backward (a gradient that autograd has to copy before it accumulates); fragmentation and
+follows backward (a gradient that is added to one that is there already); fragmentation and
 rounding, apart from CUDA's (see `ledger.allocated`); a first call, which keeps more, to be able to
 take back what it did.
 """
@@ -34,6 +34,7 @@ from fxckpt.ledger import Fact, Ledger, allocated, allocated_for_result, allocat
 from fxckpt.reinplace import Reinplacer, Reuse
 from fxckpt.replay import Needs, Replay
 from fxckpt.schedule import Schedule, Scheduler, read_before_written
+from fxckpt.workspace import copied_at_the_end
 
 
 def replay(joint: Joint, saved: Collection[Node]) -> Replay:
@@ -50,6 +51,7 @@ class Memory:
     """Replays decisions on one joint graph, and tells a planner what it needs for a linear model.
 
     Attributes:
+        joint: What is replayed.
         values: What can be saved or not: one value for each storage, in forward order. Left out are
             values for which there is no choice: those smaller than what it takes to draw them
             again, running statistics, and memory without contents.
@@ -90,30 +92,33 @@ class Memory:
         eager: bool = False,
         between: int = 0,
     ) -> None:
-        self._joint, self._outputs_held, self._between = joint, outputs_held, between
+        self.joint, self.outputs_held, self.between = joint, outputs_held, between
         self._eager = eager
-        self._scheduler = Scheduler(joint)
-        self._reinplacer = Reinplacer(self._scheduler, eager=eager)
+        self.scheduler = Scheduler(joint)
+        self.reinplacer = Reinplacer(self.scheduler, eager=eager)
         nodes = [*joint.forward_nodes(), *joint.backward_nodes()]
-        self._facts = {n: Fact.of(n, self._reinplacer, workspaces) for n in nodes}
-        self._held_by_call = _held_by_call(joint)
+        self.facts = {n: Fact.of(n, self.reinplacer, workspaces) for n in nodes}
+        if workspaces and joint.grads:
+            last = next(n for n in reversed(nodes) if self.facts[n].runs)
+            self.facts[last] = self.facts[last].taking(copied_at_the_end(joint))
+        self.held_by_call = _held_by_call(joint)
         self.values = [
             n
             for n in joint.forward_nodes()
-            if is_value(n) and self._root(n) is n and self._scheduler.has_choice(n)
+            if is_value(n) and self._root(n) is n and self.scheduler.has_choice(n)
         ]
         outputs = {self._root(n) for n in joint.outputs if outputs_held}
         self.cost = {
             n: 0 if n in outputs else allocated_for_result(n, n.meta["val"]) for n in self.values
         }
         self.inputs_of = {
-            n: self._values_read(self._scheduler.reads_again[n])
+            n: self._values_read(self.scheduler.reads_again[n])
             for n in joint.forward_nodes()
-            if self._facts[n].runs
+            if self.facts[n].runs
         }
         self.needed_by = dict(self._backward_reads())
-        bare = self._scheduler.bare()
-        needless = self._reinplacer.needless(bare)
+        bare = self.scheduler.bare()
+        needless = self.reinplacer.needless(bare)
         self.replaced = dict(self._replaced(bare, needless.forward))
         self.replaceable = dict(self._replaceable(bare, needless.backward))
         self.fixed = self._replay(bare, outputs_held)
@@ -121,15 +126,15 @@ class Memory:
 
     def replay(self, saved: Collection[Node]) -> Replay:
         """Counts what lives at every moment if `saved` is kept (see `split.split`)."""
-        return self._replay(self._scheduler.schedule(saved), self._outputs_held)
+        return self._replay(self.scheduler.schedule(saved), self.outputs_held)
 
     def needs(self, saved: Collection[Node]) -> Needs:
         """What a decision comes to in a larger step, which counts what goes in and out itself."""
-        schedule = self._scheduler.schedule(saved)
+        schedule = self.scheduler.schedule(saved)
         # What arrives is held by autograd for our functions, and by nobody in the step as it is.
         held, alone = (self._replay(schedule, h, not self._eager) for h in (True, False))
         around = int(held.by_kind()["outputs"].max(initial=0))  # outputs, and what arrives
-        arrive = sum(allocated(node.meta["val"]) for node in self._joint.cotangents)
+        arrive = sum(allocated(node.meta["val"]) for node in self.joint.cotangents)
         return Needs(
             *held.kept_apart(),
             held.forward_peak,
@@ -140,28 +145,28 @@ class Memory:
     def _replay(
         self, schedule: Schedule, outputs_held: bool, cotangents_held: bool = True
     ) -> Replay:
-        scheduler, needless = self._scheduler, self._reinplacer.needless(schedule)
-        ledger = Ledger(self._facts, schedule.states)
-        held = [s for node, size in self._held_by_call for s in ledger.make(node, [size])]
+        scheduler, needless = self.scheduler, self.reinplacer.needless(schedule)
+        ledger = Ledger(self.facts, schedule.states)
+        held = [s for node, size in self.held_by_call for s in ledger.make(node, [size])]
         ledger.run(schedule.forward, scheduler.reads, needless.forward)
-        if self._between:
-            ledger.elsewhere(self._between)
+        if self.between:
+            ledger.elsewhere(self.between)
         ledger.now += 1  # backward starts
         boundary = ledger.now
-        outputs, residuals = ledger.of(self._joint.outputs), ledger.of(schedule.residuals)
+        outputs, residuals = ledger.of(self.joint.outputs), ledger.of(schedule.residuals)
         ledger.keep({*held, *outputs, *residuals, *ledger.of(needless.unwritten.values())})
         ledger.hand_on(schedule.residuals)
-        for node in self._joint.cotangents:
+        for node in self.joint.cotangents:
             ledger.place(node, allocated(node.meta["val"]))
-        given = ledger.of(self._joint.cotangents)
-        pure = self._reinplacer.pure_again
+        given = ledger.of(self.joint.cotangents)
+        pure = self.reinplacer.pure_again
         ledger.run(schedule.backward, scheduler.reads_again, needless.backward, pure)
         if outputs_held:
             ledger.keep(outputs)
         gradients = ledger.of(scheduler.wanted)
         ledger.keep({*given, *gradients} if cotangents_held else gradients)
         saved = sum(ledger.sizes[s] for s in residuals)
-        again = tuple(n for n in schedule.recomputed if self._facts[n].runs)
+        again = tuple(n for n in schedule.recomputed if self.facts[n].runs)
         kinds = {
             "outputs": outputs | given,
             "gradients": gradients,
@@ -171,7 +176,7 @@ class Memory:
 
     def _root(self, node: Node) -> Node:
         """The value that owns the memory of a value."""
-        while (shares := self._reinplacer.shares.get(node)) is not None:
+        while (shares := self.reinplacer.shares.get(node)) is not None:
             node = shares
         return node
 
@@ -181,23 +186,23 @@ class Memory:
 
     def _backward_reads(self) -> Iterator[tuple[Node, tuple[Node, ...]]]:
         reads: list[Node] = []
-        for node in self._scheduler.backward:
-            reads += self._scheduler.reads[node]
-            if self._facts[node].runs:
+        for node in self.scheduler.backward:
+            reads += self.scheduler.reads[node]
+            if self.facts[node].runs:
                 yield node, self._values_read(reads)
                 reads = []
 
     def _replaced(self, bare: Schedule, reuse: Reuse) -> Iterator[tuple[Node, Node]]:
         for i, step in enumerate(bare.forward):
             if isinstance(step, Node) and (i in reuse.mutations or i in reuse.results):
-                candidates = self._reinplacer.candidates(step)
+                candidates = self.reinplacer.candidates(step)
                 if len(candidates) == 1:  # else another one may make room
                     yield candidates[0], step
 
     def _replaceable(self, bare: Schedule, reuse: Reuse) -> Iterator[tuple[Node, Sequence[Node]]]:
         for i, step in enumerate(bare.backward):
             if isinstance(step, Node) and i not in reuse.mutations and i not in reuse.results:
-                yield step, [n for n in self._reinplacer.candidates(step) if n in self.cost]
+                yield step, [n for n in self.reinplacer.candidates(step) if n in self.cost]
 
 
 def _held_by_call(joint: Joint) -> list[tuple[Node, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -51,3 +52,21 @@ def _set_autocast(state: AutocastState) -> None:
         torch.set_autocast_enabled(device, device in on)
         if device in on:
             torch.set_autocast_dtype(device, on[device])
+
+
+_compiled_halves: contextvars.ContextVar[bool] = contextvars.ContextVar("halves", default=False)
+
+
+def compiles_halves() -> bool:
+    """Whether a call is part of what Inductor has compiled, so that it shall compile this, too."""
+    return _compiled_halves.get()
+
+
+@contextlib.contextmanager
+def halves_compiled(wanted: bool) -> Iterator[None]:
+    """Inductor compiles the halves of what is captured meanwhile, if that is wanted."""
+    token = _compiled_halves.set(wanted)
+    try:
+        yield
+    finally:
+        _compiled_halves.reset(token)

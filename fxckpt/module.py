@@ -13,7 +13,7 @@ from fxckpt import policies
 from fxckpt.blocks import Blocks, Undecided, Units
 from fxckpt.captures import Options
 from fxckpt.errors import BudgetError, FxckptError, PolicyError
-from fxckpt.installation import install, installed, plain, runner_of, uninstall
+from fxckpt.installation import install, installed, runner_of, twin, uninstall
 from fxckpt.planner import AsPlanned, WithinBudget
 from fxckpt.plans import Plan
 from fxckpt.runtime import Decide
@@ -38,6 +38,7 @@ def rewrite(
     profile: bool = False,
     decompose: bool = False,
     compile: bool = False,
+    dynamic: bool = False,
 ) -> M:
     """A module like `model` whose training step keeps fewer activations and recomputes the rest.
 
@@ -83,7 +84,11 @@ def rewrite(
         compile: Whether to compile both graphs with Inductor, at the second step. What is saved
             and recomputed stays as decided, random draws stay those of eager; other numbers are
             equal up to rounding, as with `torch.compile`. A budget is then that of the graphs
-            before they are compiled.
+            before they are compiled. Inside of `torch.compile` with Inductor, this is so anyway.
+        dynamic: Whether one capture shall serve calls with other sizes, too, such as batches of
+            texts of any length: sizes of arguments are symbols, and what forward asks about them
+            is checked at each call. Where that is not possible, each size is captured by itself,
+            as without this option.
 
     Returns:
         A new module of the same class (its name and `isinstance` included).
@@ -105,7 +110,7 @@ def rewrite(
     """
     _require_module("rewrite", model)
     return rewrite_(
-        plain(model),
+        twin(model),
         policy,
         budget=budget,
         plan=plan,
@@ -119,6 +124,7 @@ def rewrite(
         profile=profile,
         decompose=decompose,
         compile=compile,
+        dynamic=dynamic,
     )
 
 
@@ -138,6 +144,7 @@ def rewrite_(
     profile: bool = False,
     decompose: bool = False,
     compile: bool = False,
+    dynamic: bool = False,
 ) -> M:
     """Like `rewrite`, in place: `model` itself is rewritten, and returned.
 
@@ -160,11 +167,19 @@ def rewrite_(
             f"rewrite(..., plan=..., units={units!r}): a plan is for the model as one unit. Leave "
             f"out units=, or give budget={plan.budget}"
         )
+    if units not in (None, "model") and budget is not None and dynamic:
+        raise BudgetError(
+            f"rewrite(..., budget={budget!r}, units={units!r}, dynamic=True): the step is measured "
+            "for each size. Leave out dynamic=True"
+        )
+    _require_combinable(dynamic=dynamic, compile=compile)
     if is_rewritten(model):
         restore_(model)
     by_index = nests and policies.may_tell_apart(policy, save, recompute)
     told = policies.described(policy, save=save, recompute=recompute) if nests else "planned"
-    options = Options(decide, cache_size, strict, nests, by_index, decompose, compile, told)
+    options = Options(
+        decide, cache_size, strict, nests, by_index, decompose, compile, dynamic, told
+    )
     install(model, _runner(model, options, units, whole=not nests or policy == "sqrt"))
     if example_inputs is not None:
         try:
@@ -238,6 +253,16 @@ def _planned(
 
 
 # -- checks
+
+
+def _require_combinable(*, dynamic: bool, compile: bool) -> None:
+    if not isinstance(dynamic, bool):
+        raise FxckptError(f"rewrite(..., dynamic={dynamic!r}): expected True or False")
+    if dynamic and compile:
+        raise FxckptError(
+            "rewrite(..., dynamic=True, compile=True): graphs are compiled for the sizes of one "
+            "call. Leave out one of the two"
+        )
 
 
 def _require_module(call: str, model: Any) -> None:

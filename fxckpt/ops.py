@@ -355,14 +355,6 @@ def read_for_shape(node: Node) -> tuple[int, ...]:
     return () if position is None else (position,)
 
 
-def can_be_imitated(val: torch.Tensor) -> bool:
-    """Whether kernels take one element, expanded, for what a tensor looks like.
-
-    Then they see neither layout as the one to keep, and take that for contiguous memory.
-    """
-    return val.is_contiguous() and val.numel() > 1
-
-
 def is_blank(node: Node) -> bool:
     """Whether a value is memory without contents."""
     return schema_name(node.target) in ("aten::empty_strided", "aten::empty")
@@ -397,10 +389,10 @@ def _fresh_count(node: Node) -> int:
 def clone_exactly(x: torch.Tensor) -> torch.Tensor:
     """A copy with the same strides, holes included, so that kernels take the same path on it."""
     extent = sum((n - 1) * s for n, s in zip(x.size(), x.stride(), strict=True)) + 1
-    if x.numel() == 0:
-        return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=x.device)
-    flat = torch.as_strided(x, (extent,), (1,)).clone()
-    return torch.as_strided(flat, x.size(), x.stride(), 0)
+    new = torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=x.device)
+    if x.numel():
+        torch.as_strided(new, (extent,), (1,)).copy_(torch.as_strided(x, (extent,), (1,)))
+    return new
 
 
 View = tuple[tuple[int, ...], tuple[int, ...], int]  # size, stride, offset within the base

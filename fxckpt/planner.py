@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,18 +28,14 @@ from fxckpt.quantities import parse_bytes, readable
 from fxckpt.rates import DEVICES, Device, measured
 from fxckpt.schedule import Choice
 from fxckpt.search import Found, Search
+from fxckpt.usual import STRATEGIES, Usual, usual
 
-_PEERS = {  # what people use, by the policy that does the same
-    "per-block checkpointing": "block",
-    "selective, matmuls saved": "dots",
-    "sqrt(n) segments": "sqrt",
-}
 AnyDevice = Device | torch.device | str | None
-_SECONDS_OF_REPLAY = 5e-6  # for each node of a graph, about
+_SECONDS_OF_REPLAY = 2e-6  # for each node of a graph, about
 _SECONDS_OF_EXACT = 0.75  # for each exact solution, about
 _PLANS_KEPT = 32  # for reports
 _PARTS = 32  # see `Search.front`
-_SHARE, _SHARE_OF_EXACT = 0.12, 0.2  # of the seconds for planning: replays, exact solutions
+_SHARE, _SHARE_OF_EXACT = 0.05, 0.2  # of the seconds for planning: replays, exact solutions
 
 
 class Planner:
@@ -55,7 +51,7 @@ class Planner:
         between: See `Memory`.
 
     Attributes:
-        joint: The graph that plans are made for, see `lean`.
+        joint: The graph that plans are made for: the one that was given, as a rule made lean.
         memory: Of that graph.
         seconds: What each forward operation takes.
         eager_peak: Bytes that live at most in the step of the model as it is.
@@ -76,8 +72,8 @@ class Planner:
         self._given, self._costs = joint, costs
         self._eager = Memory(joint, workspaces=here, eager=True)
         self.eager_peak = self._eager.replay(self._eager.values).peak
-        self.joint = joint = lean(joint)
-        self.memory = Memory(joint, workspaces=here, between=between)
+        self.memory, self.is_lean = self._leaner(here, between)
+        self.joint = joint = self.memory.joint
         self.seconds = {n: costs.seconds(n) for n in joint.forward_nodes()}
         backward = sum(map(costs.seconds, joint.backward_nodes()))
         self.step_seconds = sum(self.seconds.values()) + backward
@@ -95,8 +91,21 @@ class Planner:
             except PolicyError:
                 continue  # it has no layers of this kind
 
+    def _leaner(self, here: bool, between: int) -> tuple[Memory, bool]:
+        """The memory of the graph made lean, if that needs no more where all is saved.
+
+        Where gradients are larger than activations, computing them first may cost more than it
+        frees.
+        """
+        memory = Memory(lean(self._given), workspaces=here, between=between)
+        peak = memory.replay(memory.values).peak
+        if peak <= self.eager_peak:
+            return memory, True
+        other = Memory(self._given, workspaces=here, between=between)
+        return (other, False) if other.replay(other.values).peak < peak else (memory, True)
+
     def strategy(self, decide: Callable[[Joint], Collection[Node]]) -> tuple[int, float]:
-        """What a strategy comes to by itself, with none of what plans do besides.
+        """What a policy comes to by itself, with none of what plans do besides.
 
         Args:
             decide: From the graph as it was given to what is saved.
@@ -107,16 +116,20 @@ class Planner:
         replay = self._eager.replay(decide(self._given))
         return replay.peak, math.fsum(self._costs.seconds(n) for n in replay.again)
 
-    def peers(self) -> dict[str, tuple[int, float]]:
-        """What usual strategies come to: bytes at the peak, and what runs again, of the step."""
+    def usual(self) -> dict[str, Usual]:
+        """What usual strategies come to as torch runs them, see `usual`."""
         found = {}
-        for title, name in _PEERS.items():
+        for name in STRATEGIES:
             try:
-                peak, seconds = self.strategy(policies.NAMES[name])
+                found[name] = usual(name, self._eager, self._given, self._costs.seconds)
             except PolicyError:
                 continue  # it has no layers of this kind
-            found[title] = peak, seconds / self.step_seconds if self.step_seconds else 0.0
         return found
+
+    def peers(self) -> dict[str, tuple[int, float]]:
+        """What these come to: bytes at the peak, and what runs again, of the step."""
+        step = self.step_seconds
+        return {n: (u.peak, u.seconds / step if step else 0.0) for n, u in self.usual().items()}
 
     def plan(self, budget: int) -> Plan:
         """The fastest plan within a budget of bytes that is found.
@@ -171,6 +184,7 @@ class Planner:
             bound,
             self._costs.device.name,
             fingerprint(self._given),
+            self.is_lean,
             _names(forward, choice.saved),
             _names(forward, choice.transient),
             _names(forward, replay.recomputed),
@@ -222,6 +236,29 @@ class WithinBudget:
             self._plans.popitem(last=False)
         return plan.choice(planner.joint)
 
+    def adapted(self, joint: Joint, choices: Sequence[Choice]) -> Choice:
+        """What to save in a call of other sizes than those that some choices were made for.
+
+        The fastest of these choices that fits the budget in this graph, or all values, if these
+        fit; else what is planned anew.
+
+        Args:
+            joint: The graph, with the shapes of the call.
+            choices: Decisions for the same operations.
+        """
+        costs = costs_of(joint)
+        here = are_here(costs, joint)
+        eager = Memory(joint, workspaces=here, eager=True)
+        budget = self.bytes_of(eager.replay(eager.values).peak)
+        memory = Memory(lean(joint), workspaces=here)
+        everything = Choice(frozenset(memory.values), joint=memory.joint)
+        fitting: list[tuple[float, int, Choice]] = []
+        for i, choice in enumerate((*choices, everything)):
+            replay = memory.replay(choice.of_graph(memory.joint))
+            if replay.peak <= budget:
+                fitting.append((math.fsum(map(costs.seconds, replay.again)), i, choice))
+        return min(fitting)[2] if fitting else self(joint)
+
     def plan_of(self, joint: Joint) -> Plan | None:
         """The plan that was made for a graph, if it was one of the latest."""
         return self._plans.get(fingerprint(joint))
@@ -246,7 +283,7 @@ class AsPlanned:
         """The values to save."""
         if self._plan.is_for(joint):
             self._fits = True
-            return self._plan.choice(lean(joint))
+            return self._plan.choice(lean(joint) if self._plan.lean else joint)
         if not self._fits:
             raise PolicyError(
                 "rewrite(..., plan=...): the plan was made for another graph: for another model, "
@@ -254,6 +291,12 @@ class AsPlanned:
                 "of torch. Make one for this call with fxckpt.plan"
             )
         return self._others(joint)
+
+    def adapted(self, joint: Joint, choices: Sequence[Choice]) -> Choice:
+        """What to save in a call of other sizes, see `WithinBudget`."""
+        if self._plan.is_for(joint):
+            return self(joint)
+        return self._others.adapted(joint, choices)
 
     def plan_of(self, joint: Joint) -> Plan | None:
         """The plan for a graph, see `WithinBudget`."""

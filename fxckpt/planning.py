@@ -29,7 +29,7 @@ def plan(
     planning_seconds: float = 10.0,
     **kwargs: Any,
 ) -> Plan:
-    """What `rewrite(model, budget=budget)` would save and recompute; nothing is run.
+    """What `rewrite(model, budget=budget)` would save and recompute; the model is not run.
 
     Works on fake tensors, so one can plan for models that do not fit this machine.
 
@@ -89,11 +89,11 @@ def frontier(
     joint = _captured(model, args, kwargs)
     planner = Planner(joint, device=device, profile=profile, seconds=planning_seconds)
     peers = {name: Spot(*found) for name, found in planner.peers().items()}
-    beside = {
-        name: planner.plan(peer.peak)
-        for name, peer in peers.items()
-        if peer.peak < planner.eager_peak
-    }
+    beside: dict[str, Plan] = {}
+    for name, peer in peers.items():
+        if peer.peak < planner.eager_peak:
+            with contextlib.suppress(BudgetError):  # gradients come earlier in torch's own backward
+                beside[name] = planner.plan(peer.peak)
     return Frontier(tuple(planner.frontier(points)), peers, beside)
 
 

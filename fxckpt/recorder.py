@@ -39,6 +39,7 @@ from fxckpt import ops, shapes
 from fxckpt.errors import CaptureError
 from fxckpt.joint import root
 from fxckpt.places import Place
+from fxckpt.symbols import Symbols, is_symbolic
 
 aten = torch.ops.aten
 _INDEX_PUT = (
@@ -106,6 +107,7 @@ class Recorder(TorchDispatchMode):
         place: Called for each operation; says where in the program it is.
         read: Called with an operation and its arguments when Python reads values (`item`), or
             when a shape depends on values (`nonzero`); returns the result or raises.
+        symbols: Of the sizes of arguments.
     """
 
     supports_higher_order_operators = True  # they reach us, to be refused
@@ -116,10 +118,12 @@ class Recorder(TorchDispatchMode):
         adopt: Adopt,
         place: Callable[[], Place],
         read: Callable[[OpOverload, Any, Any], Any],
+        symbols: Symbols,
     ) -> None:
         super().__init__()
         self.graph = Graph()
         self.fake_mode, self._adopt, self._place, self._read = fake_mode, adopt, place, read
+        self.symbols = symbols
         self.phase = "forward"
         self.nest: tuple[Any, ...] = ()  # the checkpoints that are running, see `nests`
         self._storages: dict[int, _Storage] = {}
@@ -230,6 +234,8 @@ class Recorder(TorchDispatchMode):
         if self.phase == "backward" and ops.is_spread(func, args):
             with self:
                 return ops.spread(*args)
+        if func is aten.slice.Tensor:
+            _note_whole(*args)
         self._require_eager_way(func, args)
         out = self._run(func, args, kwargs)
         self._record(func, args, kwargs, out)
@@ -256,6 +262,11 @@ class Recorder(TorchDispatchMode):
             out = kernel(*args, **kwargs)
         except DynamicOutputShapeException:
             return self._read(func, args, kwargs)
+        except RuntimeError:  # a kernel that asks for plain numbers
+            decomposed = shapes.decomposed(func) if self.symbols.count else None
+            if decomposed is None:
+                raise
+            out = decomposed(*args, **kwargs)
         return shapes.corrected(func, args, kwargs, out)
 
     def _keep_geometry(self, tensor: torch.Tensor) -> None:
@@ -414,12 +425,13 @@ class Recorder(TorchDispatchMode):
         parent = self.node_for(recipe.parent)
         if recipe.func is aten.detach.default:
             return parent
-        node = self._emit(recipe.func, self.nodes(recipe.args), self.nodes(recipe.kwargs), None)
+        index = recipe.index
+        val = tensor if index is None else recipe.func(*recipe.args, **recipe.kwargs)
+        node = self._emit(recipe.func, self.nodes(recipe.args), self.nodes(recipe.kwargs), val)
         node.meta["alias"] = parent
-        if recipe.index is None:
-            node.meta["val"] = tensor
+        if index is None:
             return node
-        item = self._emit(getitem, (node, recipe.index), {}, tensor)
+        item = self._emit(getitem, (node, index), {}, tensor)
         item.meta["alias"] = node
         return item
 
@@ -449,7 +461,8 @@ class Recorder(TorchDispatchMode):
         if target is getitem and args[0].meta["phase"] == "forward" != self.phase:
             return next(n for n in args[0].users if n.args == args)  # of `_drawn_before`
         name = op.overloadpacket.__name__ if isinstance(op, OpOverload) else None
-        node = self.graph.create_node("call_function", target, tuple(args), kwargs, name)
+        args, kwargs = self.symbols.numbers((tuple(args), kwargs), self.symbols.sizes)
+        node = self.graph.create_node("call_function", target, args, kwargs, name)
         place = self._place()
         node.meta = {
             "val": val,
@@ -507,6 +520,18 @@ class Recorder(TorchDispatchMode):
         return next((n for n in self.graph.nodes if n.op != "placeholder"), self.graph._root)
 
 
+def _note_whole(
+    tensor: torch.Tensor,
+    dim: int = 0,
+    start: Any = None,
+    end: Any = None,
+    step: Any = 1,
+) -> None:
+    """Lets symbols know whether a slice is all of a tensor, which eager does not take at all."""
+    if end is not None and any(map(is_symbolic, (tensor.size(dim), start, end))):
+        bool(tensor.size(dim) <= end)
+
+
 def _drawn(node: Node) -> Any:
     """What random numbers depend on, besides the state of the generator."""
     vals = node.meta["val"]
@@ -531,7 +556,7 @@ def _view_within(tensor: torch.Tensor, base: torch.Tensor) -> ops.View | None:
         return None
     if tensor.dtype != base.dtype:
         raise CaptureError("forward mutates a view of another element type")
-    offset = int(tensor.storage_offset() - base.storage_offset())
+    offset: Any = tensor.storage_offset() - base.storage_offset()
     return tuple(tensor.size()), tuple(tensor.stride()), offset
 
 

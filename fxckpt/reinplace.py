@@ -28,6 +28,7 @@ from torch.fx import Node
 from fxckpt import ops
 from fxckpt.joint import Joint, memory_of, owner_of, producer, storage_bytes
 from fxckpt.schedule import Schedule, Scheduler, Step
+from fxckpt.symbols import look_alike, looks
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -82,8 +83,8 @@ class Reinplacer:
         found = {} if eager else {n: _replaceable(n) for n in operations}
         self.replaceable = {n: operands for n, operands in found.items() if operands}
         self._scheduler = scheduler
-        self._writes = {joint.primals[name]: node for name, node in joint.writes.items()}
-        self._chains = {p: _chain(p, contents) for p, contents in self._writes.items()}
+        self.writes = {joint.primals[name]: node for name, node in joint.writes.items()}
+        self.chains = {p: _chain(p, contents) for p, contents in self.writes.items()}
 
     def needless(self, schedule: Schedule) -> Needless:
         """The memory that need not be allocated."""
@@ -91,15 +92,15 @@ class Reinplacer:
         residuals = [r for r in schedule.residuals if isinstance(r, Node)]
         returned = [*scheduler.joint.outputs, *residuals]
         forward = _Uses(self, schedule.forward, scheduler.reads, returned)
-        given = set(self._writes)
+        given = set(self.writes)
         # A primal is mutated directly only if that leads all the way to its final contents.
-        while kept := {p for p in given if not forward.are_last(self._chains[p], given)}:
+        while kept := {p for p in given if not forward.are_last(self.chains[p], given)}:
             given -= kept
         backward = _Uses(self, schedule.backward, scheduler.reads_again, scheduler.wanted)
         return Needless(
             forward.reuse(given),
             backward.reuse((), self.pure_again),
-            {p: contents for p, contents in self._writes.items() if p not in given},
+            {p: contents for p, contents in self.writes.items() if p not in given},
         )
 
     def candidates(self, node: Node) -> tuple[Node, ...]:
@@ -200,29 +201,31 @@ def _replaceable(node: Node) -> tuple[Node, ...]:
     if not all(_keeps_strides(n.meta["val"], result) for n in node.all_input_nodes):
         return ()
     fits = (n for n in operands if _looks_like(n.meta["val"], result))
-    return tuple(n for n in fits if _is_made_for(owner_of(n), storage_bytes(result)))
+    return tuple(n for n in fits if _is_made_for(owner_of(n), result))
 
 
 def _keeps_strides(operand: torch.Tensor, result: torch.Tensor) -> bool:
     """Whether an operand cannot be why a result has other strides than another operand."""
-    if operand.shape == result.shape:
-        return operand.stride() == result.stride() or not any(operand.stride())
-    return operand.dim() == 0 or (operand.is_contiguous() and result.is_contiguous())
+    one, other = looks(operand), looks(result)
+    if look_alike(one.size, other.size):
+        return look_alike(one.stride, other.stride) or not any(operand.stride())
+    return operand.dim() == 0 or (one.contiguous and other.contiguous)
 
 
 def _looks_like(operand: torch.Tensor, result: torch.Tensor) -> bool:
     """Whether a result would fit into the place of an operand, and fill it."""
 
-    def looks(t: torch.Tensor) -> Any:
-        return t.shape, t.stride(), t.storage_offset(), t.dtype, t.device
-
+    one, other = looks(operand), looks(result)
+    alike = look_alike((one.size, one.stride, one.offset), (other.size, other.stride, other.offset))
+    same = (operand.dtype, operand.device) == (result.dtype, result.device)
     full = result.numel() * result.element_size()
-    return looks(operand) == looks(result) and full == storage_bytes(result) > 0
+    return alike and same and full == storage_bytes(result) > 0
 
 
-def _is_made_for(owner: Node, size: int) -> bool:
-    made = owner.op == "call_function" and isinstance(owner.meta["val"], torch.Tensor)
-    return made and storage_bytes(owner.meta["val"]) == size and _is_alone(owner)
+def _is_made_for(owner: Node, result: torch.Tensor) -> bool:
+    if owner.op != "call_function" or not isinstance(owner.meta["val"], torch.Tensor):
+        return False
+    return look_alike(looks(owner.meta["val"]).bytes, looks(result).bytes) and _is_alone(owner)
 
 
 def _is_alone(owner: Node) -> bool:

@@ -58,6 +58,8 @@ def circumstances(account: Account) -> list[str]:
             f"At most {readable(account.allocated)} were allocated on the device so far, all "
             "included (torch.cuda.max_memory_allocated)."
         )
+    if account.captures is not None:
+        lines.append(f"Captured {account.captures} times so far, for all sizes of arguments.")
     return lines
 
 

@@ -41,6 +41,7 @@ from fxckpt.errors import BudgetError, CaptureError, FxckptError
 from fxckpt.first_run import Misfit
 from fxckpt.inductor import Compiled
 from fxckpt.joint import Joint
+from fxckpt.lean import lean
 from fxckpt.levels import outside_of_transforms
 from fxckpt.locks import LOCK
 from fxckpt.modes import AutocastState, autocast_as, autocast_state
@@ -49,19 +50,20 @@ from fxckpt.pure import Pure, pure
 from fxckpt.schedule import Choice, read_before_written
 from fxckpt.split import Split, backward_from, kept_bytes, split
 from fxckpt.state import Slot, substituted
-from fxckpt.tape import BackwardKey, Result, Tape
+from fxckpt.symbols import Pattern, Sizes, pattern, sizes_of
+from fxckpt.tape import BackwardKey, Tape
 from fxckpt.transforms import Transformed
 
 Decide = Callable[[Joint], Collection[torch.fx.Node]]
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(slots=True, eq=False)
 class Program:
     """One split of a captured callable, ready to run.
 
-    `backwards` are further backward graphs for the same residuals. `untried` holds what did not run
-    yet: the keys of backward graphs, None for forward. `compiled` has what Inductor made of graphs,
-    or is None if these run as they are.
+    `backwards` are further backward graphs for the same residuals. `tried` holds what ran: the keys
+    of backward graphs, None for forward, each with the sizes of the call. `compiled` has what
+    Inductor made of graphs, or is None if these run as they are.
     """
 
     joint: Joint
@@ -72,21 +74,28 @@ class Program:
     fragile: list[int]  # changed primals whose contents before the change matter
     written: list[int]  # all changed primals
     backwards: dict[BackwardKey, tuple[GraphModule, list[int]]]
-    untried: set[BackwardKey | None]
+    tried: set[tuple[BackwardKey | None, Sizes]]
     compiled: dict[BackwardKey | None, Compiled] | None
+    sizes: Sizes  # that it was decided for
 
-    def run(self, key: BackwardKey | None, graph: GraphModule, values: list[Any]) -> Any:
+    def run(
+        self, key: BackwardKey | None, graph: GraphModule, values: list[Any], sizes: Sizes
+    ) -> Any:
         """Runs one of the graphs, as it was recorded, on a list that it empties.
 
         Raises:
-            Misfit: in the first run, if its results are not what capture foresaw.
+            Misfit: in the first run for these sizes, if its results are not what capture foresaw.
         """
-        if key in self.untried:
+        if (key, sizes) not in self.tried:
             with _as_recorded():
-                results = first_run.run(graph, values)
-            self.untried.discard(key)
+                results = first_run.run(graph, values, sizes)
+            if len(self.tried) >= _MOST_TRIED:
+                self.tried.clear()
+            self.tried.add((key, sizes))
             return results
         run = graph.forward if self.compiled is None else self._compiled(key, graph)
+        if sizes:
+            values.append(sizes)
         with _as_recorded():
             return run(values)
 
@@ -106,6 +115,7 @@ class _Call:
     program: Program
     module: torch.nn.Module | None
     inputs: Sequence[torch.Tensor]
+    sizes: Sizes
     primals: Sequence[torch.Tensor]
     versions: list[int]
     state: Any
@@ -123,6 +133,11 @@ class Standing:
 
     misfit: Misfit | None = None
     withdrawn: bool = False
+
+    @property
+    def is_good(self) -> bool:
+        """Whether it may run."""
+        return self.misfit is None and not self.withdrawn
 
 
 class Captured:
@@ -161,8 +176,10 @@ class Captured:
         self._needs_parts = bool(tape.changes.numbers) or tree.mentions_known(tape.spec)
         self._sources: Mapping[str, Slot] = {p.name: p.source for p in tape.primals}
         self._programs: dict[BackwardKey, Program] = {}
+        self._fitting: dict[tuple[BackwardKey, Sizes], Program] = {}  # of plans with symbols
         self._slots: dict[int, list[Slot]] = {}  # by id of the program
         self._expected = tape.expected_backward()
+        self.latest = tape.symbols.sizes  # what the symbols were in the latest call
         self._differentiable = [t.requires_grad for t in tape.outputs]
         random = [n for n in self.program.joint.forward_nodes() if ops.node_is_random(n)]
         self._random_devices = sorted({ops.node_device(n) for n in random}, key=str)
@@ -195,7 +212,7 @@ class Captured:
             programs: What is compiled for this decision, by whoever runs it.
         """
         new = copy.copy(self)
-        new._decide, new._programs, new._slots = decide, programs, {}
+        new._decide, new._programs, new._slots, new._fitting = decide, programs, {}, {}
         for cached in ("saves_memory", "pure"):
             new.__dict__.pop(cached, None)
         return new
@@ -204,6 +221,15 @@ class Captured:
     def differentiable(self) -> bool:
         """Whether any result can get a gradient; if not, there is nothing to keep."""
         return any(self._differentiable)
+
+    def seen(self, sizes: Sizes) -> tuple[Joint, Joint, Choice]:
+        """The graph that is decided on, that which runs, and what is decided, for other sizes."""
+        program = self.program_for(sizes)
+        given = self.tape.joint(self._expected, sizes)
+        joint = program.joint
+        if program.sizes != sizes:
+            joint = given if program.choice.joint is None else lean(given)
+        return given, joint, program.choice.of_graph(joint)
 
     @functools.cached_property
     def saves_memory(self) -> bool:
@@ -225,6 +251,30 @@ class Captured:
                     self._expected = next(iter(self._programs))  # its residuals serve, too
             return self._programs[self._expected]
 
+    def program_for(self, sizes: Sizes) -> Program:
+        """The program for a call with these sizes: what a plan decides depends on them."""
+        adapted = getattr(self._decide, "adapted", None)
+        if not sizes or adapted is None:
+            return self.program
+        with LOCK:
+            program, key = self.program, self._expected
+            self._fitting.setdefault((key, self.tape.symbols.sizes), program)
+            if (key, sizes) not in self._fitting:
+                if len(self._fitting) >= _MOST_TRIED:
+                    self._fitting.clear()
+                made = dict.fromkeys(p for (k, _), p in self._fitting.items() if k == key)
+                joint = self.tape.joint(key, sizes)
+                try:
+                    choice = adapted(joint, [p.choice for p in made])
+                except BudgetError:
+                    others = [p for (_, s), p in self._fitting.items() if s == sizes]
+                    if not others:
+                        raise
+                    return others[-1]  # of another pattern of gradients; its residuals serve, too
+                known = next((p for p in made if p.choice is choice), None)
+                self._fitting[key, sizes] = known or self._split(key, joint, choice)
+            return self._fitting[key, sizes]
+
     @property
     def given(self) -> Joint:
         """The graph that is decided on; that of a plan is made of it."""
@@ -238,9 +288,17 @@ class Captured:
     def guards_hold(self, call: Call) -> bool:
         """Whether the values that Python read during capture are the same for these arguments."""
         changes, inputs = self.tape.changes, call.inputs
+        sizes = self.sizes_of(inputs)
+        if sizes and not self.tape.symbols.hold(sizes):
+            return False
         if changes.numbers and not changes.fit(call.parts()):
             return False
-        return all(g.holds(lambda name: self.lookup(name, inputs)) for g in self.tape.guards)
+        guards = self.tape.guards
+        return all(g.holds(lambda name: self.lookup(name, inputs), sizes) for g in guards)
+
+    def sizes_of(self, inputs: Sequence[torch.Tensor]) -> Sizes:
+        """What the symbols are in a call."""
+        return sizes_of(inputs) if self.tape.symbols.count else ()
 
     def __call__(
         self, arguments: Call, on_node: Callable[[torch.autograd.graph.Node], None] | None = None
@@ -254,8 +312,11 @@ class Captured:
         Raises:
             Misfit: see `first_run`; nothing has happened then.
         """
-        program, inputs = self.program, arguments.inputs
-        copied = program.written if None in program.untried else program.fragile
+        inputs = arguments.inputs
+        self.latest = sizes = self.sizes_of(inputs)
+        program = self.program_for(sizes)
+        tried = (None, sizes) in program.tried
+        copied = program.fragile if tried else program.written
         with LOCK:  # another thread may be capturing, with other tensors in their places
             primals = self._primals(program, inputs)
         call = _Call(
@@ -263,6 +324,7 @@ class Captured:
             program,
             None if self._module is None else self._module(),
             inputs,
+            sizes,
             primals,
             [p._version for p in primals],
             self.state(),
@@ -333,33 +395,24 @@ class Captured:
 
     def _results(self, arguments: Call, run: Callable[[], Sequence[torch.Tensor]]) -> Any:
         """What the callable returns, and what it assigns, of the outputs of the graph."""
-        inputs = arguments.inputs
+        inputs, sizes = arguments.inputs, self.sizes_of(arguments.inputs)
         unique = {id(r): r for r in self.tape.results}
         # Views of primals first: in the model, they mostly come before what is computed from them,
         # and autograd adds up gradients in the reverse order.
         made = {
-            key: self._finish(result, self.lookup(result.origin, inputs))
+            key: result.taken_from(self.lookup(result.origin, inputs), sizes)
             for key, result in unique.items()
             if isinstance(result.origin, str)
         }
         outputs = run()
         for key, result in unique.items():
             if isinstance(result.origin, int):
-                made[key] = self._finish(result, outputs[result.origin])
+                made[key] = result.taken_from(outputs[result.origin], sizes)
         tensors = iter([made[id(r)] for r in self.tape.results])
         passed = arguments.parts() if self._needs_parts else ()
         result, values = tree.unflatten(self.tape.spec, tensors, passed)
         self.tape.changes.make(passed, tensors)
         return result, values
-
-    @staticmethod
-    def _finish(result: Result, tensor: torch.Tensor) -> torch.Tensor:
-        """A result of the callable, from the tensor that it is a view of."""
-        for func, args, kwargs, index, grad in result.views:
-            with torch.set_grad_enabled(grad):
-                viewed = func(tensor, *args, **kwargs)
-            tensor = viewed if index is None else viewed[index]
-        return tensor
 
     def _undo(self, call: _Call, misfit: Misfit) -> None:
         """Puts back what a forward that did not fit changed."""
@@ -387,10 +440,11 @@ class Captured:
         with LOCK:
             if key not in program.backwards:
                 joint = self.tape.joint(key)
+                if call.sizes and not self.tape.symbols.hold(call.sizes):
+                    raise CaptureError("this backward is another for other sizes")
                 program.backwards[key] = backward_from(
                     joint, program.split, reuse=not self._compiles
                 )
-                program.untried.add(key)
                 self._expected = key
             return program.backwards[key]
 
@@ -399,7 +453,7 @@ class Captured:
     ) -> Any:
         """Gradients by a backward graph that did not run yet; generically if it does not fit."""
         try:
-            return call.program.run(key, graph, values)
+            return call.program.run(key, graph, values, call.sizes)
         except Misfit as misfit:
             self.standing.misfit = Misfit(misfit.op, misfit.learned)
         return self.run_again(call, cotangents)
@@ -507,7 +561,10 @@ class Captured:
         return joint, with_nests(joint, choice)
 
     def _compile(self, key: BackwardKey) -> Program:
-        joint, choice = self._chosen(key)
+        return self._split(key, *self._chosen(key))
+
+    def _split(self, key: BackwardKey, joint: Joint, choice: Choice) -> Program:
+        joint = choice.joint or joint
         halves = split(joint, choice, reuse=not self._compiles)
         positions = {name: i for i, name in enumerate(halves.primals)}
         return Program(
@@ -519,11 +576,13 @@ class Captured:
             [positions[name] for name in read_before_written(joint)],
             [positions[name] for name in halves.written],
             {key: (halves.backward, [])},
-            {None, key},
+            set(),
             {} if self._compiles else None,
+            joint.sizes,
         )
 
 
+_MOST_TRIED = 1 << 14
 _FREED: Any = object()  # in place of a call whose backward is done
 
 
@@ -534,7 +593,7 @@ class _Function(torch.autograd.Function):
     def forward(ctx: Any, call: _Call, *primals: torch.Tensor) -> tuple[torch.Tensor, ...]:
         program = call.program
         results = program.run(
-            None, program.split.forward, list(primals[: len(program.split.primals)])
+            None, program.split.forward, list(primals[: len(program.split.primals)]), call.sizes
         )
         outputs = results[: len(program.joint.outputs)]
         ctx.set_materialize_grads(False)
@@ -561,7 +620,7 @@ class _Function(torch.autograd.Function):
         if torch.is_grad_enabled():
             return (None, *call.captured.run_again(call, cotangents))
         try:
-            key = _key(cotangents)
+            key = _key(cotangents, dynamic=bool(call.sizes))
             graph, extra = call.captured.backward_for(call, key)
         except CaptureError:
             return (None, *call.captured.run_again(call, cotangents))
@@ -570,11 +629,11 @@ class _Function(torch.autograd.Function):
         ctx.maybe_clear_saved_tensors()
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             ctx.call = _FREED
-        program = call.program
-        if key in program.untried:
+        program, sizes = call.program, call.sizes
+        if (key, sizes) not in program.tried:
             return (None, *call.captured.try_backward(call, key, graph, saved, cotangents))
         del cotangents, call
-        return (None, *program.run(key, graph, saved))
+        return (None, *program.run(key, graph, saved, sizes))
 
 
 @contextlib.contextmanager
@@ -587,9 +646,12 @@ def _as_recorded() -> Iterator[None]:
         yield
 
 
-def _key(cotangents: Sequence[torch.Tensor | None]) -> BackwardKey:
+def _key(cotangents: Sequence[torch.Tensor | None], *, dynamic: bool) -> BackwardKey:
+    def strides(c: torch.Tensor) -> Pattern:
+        return pattern(c.shape, c.stride())[0] if dynamic else c.stride()
+
     return BackwardKey(
-        tuple(None if c is None else (c.stride(), c.dtype) for c in cotangents), autocast_state()
+        tuple(None if c is None else (strides(c), c.dtype) for c in cotangents), autocast_state()
     )
 
 

@@ -101,11 +101,24 @@ class Choice(Collection[Node]):
     stays: Mapping[Node, tuple[int, int]] = dataclasses.field(
         default_factory=dict, compare=False, repr=False
     )
+    together: Mapping[Node, Collection[Node]] = dataclasses.field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     @staticmethod
     def of(saved: Collection[Node]) -> Choice:
         """A choice that keeps these values."""
         return saved if isinstance(saved, Choice) else Choice(frozenset(saved))
+
+    def of_graph(self, joint: Joint) -> Choice:
+        """The same for another graph of the same operations, such as that of other sizes."""
+        named = {node.name: node for node in joint.graph.nodes}
+        return Choice(
+            frozenset(named[n.name] for n in self.saved),
+            frozenset(named[n.name] for n in self.transient),
+            None if self.joint is None else joint,
+            {named[n.name]: each for n, each in self.stays.items()},
+        )
 
     def __contains__(self, node: object) -> bool:
         return node in self.saved
@@ -152,7 +165,7 @@ class Scheduler:
         self.wanted = [g for each in joint.grads.values() for g in each]
         self.written = {joint.primals[name] for name in joint.writes if name in joint.primals}
         self._forward = forward
-        self._always = reachable([*joint.outputs, *joint.writes.values(), *_effects(forward)])
+        self.always = reachable([*joint.outputs, *joint.writes.values(), *_effects(forward)])
         self._argument = {n for n in joint.graph.nodes if _is_always_handed_on(n)}
         # Memory without contents is not worth keeping, whatever the policy says.
         self._blank = {n for n in forward if ops.is_blank(n)}
@@ -169,10 +182,11 @@ class Scheduler:
         """
         choice = Choice.of(saved)
         transient = {n for n in choice.transient if producer(n) not in self.random}
-        made = _Backward(self, choice.saved, transient, {**self.stays, **choice.stays})
+        stays = {**self.stays, **choice.stays}
+        made = _Backward(self, choice.saved, transient, stays, choice.together)
         backward = made.steps()
         return Schedule(
-            self._forward_steps(made.residuals),
+            self.forward_steps(made.residuals),
             backward,
             made.residuals,
             made.primals,
@@ -182,11 +196,11 @@ class Scheduler:
 
     def bare(self) -> Schedule:
         """What runs whatever is saved: forward as if there were no backward, and backward alone."""
-        return Schedule(self._forward_steps([]), [*self.backward], [], set(), [], {})
+        return Schedule(self.forward_steps([]), [*self.backward], [], set(), [], {})
 
-    def _forward_steps(self, residuals: list[Residual]) -> list[Step]:
+    def forward_steps(self, residuals: list[Residual]) -> list[Step]:
         values = [r for r in residuals if isinstance(r, Node)]
-        needed = self._always | reachable(values, stop=self._always.__contains__)
+        needed = self.always | reachable(values, stop=self.always.__contains__)
         states = {r.node for r in residuals if isinstance(r, State)}
         steps: list[Step] = [r for r in residuals if isinstance(r, Before)]
         for node in self._forward:
@@ -224,12 +238,14 @@ class _Backward:
         saved: Collection[Node],
         transient: Collection[Node],
         stays: Mapping[Node, tuple[int, int]],
+        together: Mapping[Node, Collection[Node]],
     ) -> None:
         self.primals: set[Node] = set()
         self.residuals: list[Residual] = []
         self.recomputed: list[Node] = []
         self.states: dict[Node, State] = {}
         self._saved, self._transient, self._stays = saved, transient, stays
+        self._together = together
         self._scheduler = scheduler
         self._available = set(scheduler.joint.cotangents)
         self._passing: set[Node] = set()  # the transient ones among these
@@ -273,6 +289,7 @@ class _Backward:
                 arguments.add(node)
             else:
                 stack.extend(scheduler.reads_again[node])
+                stack.extend(n for n in self._together.get(node, ()) if n not in missing)
         left: dict[torch.device, Node] = {}
         for node in sorted(missing, key=scheduler.order):
             if node in arguments:

@@ -15,7 +15,7 @@ budget, and of the optimum. Four things make plans of them:
 All that is ever replayed goes into one pool, from which each budget takes the fastest that fits:
 what was found for a smaller budget is not lost for a larger one.
 
-It ends when the best is within 1 % of the bound, and is limited by a number of replays and not by a
+It ends when the best is within 2 % of the bound, and is limited by a number of replays and not by a
 clock, so that it is deterministic.
 """
 
@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
@@ -34,7 +33,7 @@ from torch.fx import Node
 from fxckpt.exact import Exact
 from fxckpt.joint import producer
 from fxckpt.memory import Memory
-from fxckpt.replay import Replay
+from fxckpt.quick import Count, Quick
 from fxckpt.schedule import Choice
 from fxckpt.solve import Lives, Problem, Program, Solution
 
@@ -46,8 +45,9 @@ _RECENT = 32  # replays that are kept
 _LESSONS, _AIMS = 3, 8  # how often to learn, and to aim lower
 _SHARES = (1.0, 0.85, 0.7)  # of the budget, that are aimed for from below
 # Times the bound: when to stop, to exchange, and to look from below.
-_BEST, _GOOD, _POOR = 1.01, 1.04, 1.3
+_BEST, _GOOD, _POOR = 1.02, 1.04, 1.3
 _FEW = 150  # values, for which exact solutions are found soon
+_EXCHANGES = 3  # times the replays of the other ways
 _AT_ONCE = 6  # values to try to give up
 _HALVINGS, _STARTS, _DESCENT = 8, 4, 0.95  # how to find what needs least
 
@@ -60,8 +60,8 @@ class Found:
     peak: int
     seconds: float  # of what runs again
     live: NDArray[np.int64]  # bytes at every moment
-    saved: int  # bytes that forward hands to backward
-    backward: int  # bytes at the peak of backward
+    kept: int  # those at the end of forward
+    backward: int  # the most in backward
 
 
 class Search:
@@ -80,14 +80,16 @@ class Search:
         self.memory, self._seconds, self._replays = memory, seconds, replays
         self._solutions = exact if len(memory.values) <= _FEW else 0
         self._problem = problem_of(memory, seconds)
+        self._quick = Quick(memory, seconds)
         self._index = {node: i for i, node in enumerate(memory.values)}
         self._bounds = Exact(self._problem)
         self._exact = Exact(self._problem, recomputing=True)
         self._plans = Program(self._problem.in_two_moments())
         self._bound_of: dict[float, float | None] = {}
+        self._sharpened: set[float] = set()  # budgets whose bound is as high as it gets
         self._pool: dict[bytes, Found] = {}
         self._given: list[Found] = []  # what was to be considered
-        self._recent: dict[bytes, Replay] = {}
+        self._recent: dict[bytes, Count] = {}
         self._left = 0
 
     # -- what is known
@@ -113,11 +115,11 @@ class Search:
         unit = max(f.backward for f in self._pool.values()) / parts or 1.0
 
         def rounded(found: Found) -> tuple[float, int, int]:
-            return found.seconds, round(found.saved / unit), round(found.backward / unit)
+            return found.seconds, round(found.kept / unit), round(found.backward / unit)
 
         front: list[tuple[int, int]] = []
         found = []
-        for each in sorted(self._pool.values(), key=lambda f: (rounded(f), f.saved, f.backward)):
+        for each in sorted(self._pool.values(), key=lambda f: (rounded(f), f.kept, f.backward)):
             _, saved, backward = rounded(each)
             if not any(s <= saved and b <= backward for s, b in front):
                 front.append((saved, backward))
@@ -146,6 +148,7 @@ class Search:
         for look in (self._look_by_learning, self._look_exactly, self._look_by_aiming):
             self._left = self._replays
             look(budget)
+            self._sharpen(budget)
             if (known := self.best(budget)) is not None and self._is_poor(budget, _BEST):
                 self._fill(known, budget)
             if not self._is_poor(budget, _BEST) or self._is_hopeless(budget):
@@ -153,9 +156,17 @@ class Search:
         self._left = self._replays
         if self._is_poor(budget, _POOR):
             self._look_from_below(budget)
-        self._left = self._replays
+        self._left = _EXCHANGES * self._replays
         if self._is_poor(budget, _GOOD):
             self._exchange(budget)
+
+    def _sharpen(self, budget: float) -> None:
+        """Raises the bound where it may be the reason that the best looks poor."""
+        poor = self.best(budget) is not None and self._is_poor(budget, _BEST)
+        if poor and budget not in self._sharpened:
+            self._sharpened.add(budget)
+            if (seconds := self._bounds.sharpened(budget)) is not None:
+                self._bound_of[budget] = max(self._bound_of[budget] or 0.0, seconds)
 
     def _is_hopeless(self, budget: float) -> bool:
         """Whether nothing fits, not even what needs least."""
@@ -226,7 +237,7 @@ class Search:
     def _learn(self, found: Found, lives: Lives) -> None:
         """Notes where values live that a decision saves, or computes again and keeps."""
         count = len(self._index)
-        for node, first, last in self._replay(found.decision).lives():
+        for node, first, last in self.memory.replay(self.choice(found.decision)).lives():
             if (v := self._index.get(node)) is None:
                 continue
             if first < 0:
@@ -272,20 +283,20 @@ class Search:
         key = decision.tobytes()
         self._left -= 1
         if key not in self._pool:
-            replay = self._replay(decision)
-            seconds = math.fsum(self._seconds[n] for n in replay.again)  # in any order
-            self._pool[key] = Found(
-                decision, replay.peak, seconds, replay.live, replay.saved, replay.backward_peak
-            )
+            count = self._count(decision)
+            kept = int(count.live[count.ahead - 1]) if count.ahead else 0
+            back = int(count.live[count.ahead :].max(initial=0))
+            self._pool[key] = Found(decision, count.peak, count.seconds, count.live, kept, back)
         return self._pool[key]
 
-    def _replay(self, decision: Decision) -> Replay:
-        """The replay of a decision; the latest ones are kept."""
+    def _count(self, decision: Decision) -> Count:
+        """What a decision comes to; the latest ones are kept."""
         key = decision.tobytes()
         if key not in self._recent:
             if len(self._recent) >= _RECENT:
                 del self._recent[next(iter(self._recent))]
-            self._recent[key] = self.memory.replay(self.choice(decision))
+            choice = self.choice(decision)
+            self._recent[key] = self._quick.count(choice.saved, choice.transient)
         return self._recent[key]
 
     def _rounded(self, solution: Solution, limit: float) -> Decision:
@@ -310,8 +321,8 @@ class Search:
 
     def _remedies(self, decision: Decision) -> Iterator[Decision]:
         """Decisions with one value less where most lives, or one that ends recomputation there."""
-        count, peak = len(self._index), self._replay(decision).at_peak()
-        alive = [v for n, _ in peak if (v := self._index.get(n)) is not None]
+        count, peak = len(self._index), self._count(decision).at_peak()
+        alive = [v for n in peak if (v := self._index.get(n)) is not None]
         saved = [v for v in alive if decision[v]]
         for v in sorted(saved, key=self._seconds_for_a_byte)[:_AT_ONCE]:
             yield _changed(decision, v, False)
@@ -329,9 +340,28 @@ class Search:
             for v, value in [*self._supplements(found.decision)]:
                 if self._left <= 0:
                     return
+                if value and not self._has_room(found, v, budget):
+                    continue
                 other = self._try(_changed(found.decision, v, value))
                 if other.peak <= budget and other.seconds < found.seconds:
                     found, improved = other, True
+
+    def _has_room(self, found: Found, v: int, budget: float) -> bool:
+        """Whether a value fits at the end of forward, without what it is computed again from."""
+        problem = self._problem
+        if problem.last[v] >= len(problem.forward) - 1:
+            return True  # it is there already
+        freed, seen, stack = 0.0, {v}, [*problem.operands[problem.producer[v]]]
+        while stack:
+            u = stack.pop()
+            if u in seen:
+                continue
+            seen.add(u)
+            if found.decision[u]:
+                freed += problem.sizes[u]
+            else:
+                stack += problem.operands[problem.producer[u]]
+        return found.kept + problem.sizes[v] - freed <= budget
 
     def _exchange(self, budget: float) -> None:
         """Changes the best that is known for less recomputation, and repairs what that breaks."""
@@ -349,7 +379,7 @@ class Search:
 
     def _supplements(self, decision: Decision) -> Iterator[tuple[int, bool]]:
         """What could be changed for less recomputation; the most seconds for a byte first."""
-        count, runs = len(self._index), Counter(self._replay(decision).again)
+        count, runs = len(self._index), Counter(self._count(decision).again)
         again = [v for n, v in self._index.items() if not decision[v] and runs[producer(n)]]
         twice = [v for v in again if runs[producer(self.memory.values[v])] > 1]
         for v in sorted(twice, key=self._seconds_for_a_byte, reverse=True):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from bisect import bisect_right
 from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
@@ -154,16 +155,30 @@ def segment_inputs(structure: Structure) -> set[Node]:
     segment: for each of some limits on the latter, dynamic programming finds the cheapest cuts.
     """
     lives = _lives(structure)
+    crossing = np.zeros(len(lives.values), dtype=np.bool_)
+    for cut in _best_cuts(lives):
+        crossing |= lives.crossing(cut)
+    return {v for v, crosses in zip(lives.values, crossing, strict=True) if crosses}
+
+
+def segments(structure: Structure) -> list[Region]:
+    """These segments, in order."""
+    position = {node: i for i, node in enumerate(structure.chains)}
+    cuts = sorted(_best_cuts(_lives(structure)))
+    found: list[set[Node]] = [set() for _ in range(len(cuts) + 1)]
+    for node in position:  # with all results of one operation in one segment
+        found[bisect_right(cuts, position[producer(node)])].add(node)
+    return [Region("segment", str(i), frozenset(nodes)) for i, nodes in enumerate(found)]
+
+
+def _best_cuts(lives: _Lives) -> list[int]:
     cuts = _candidates(lives)
     kept, inside = _tables(lives, cuts)
     sizes = np.unique(inside)
     some = np.unique(np.geomspace(1, len(sizes), _LIMITS).astype(np.int64)) - 1
     plans = [_cheapest(kept, inside, limit) for limit in sizes[some]]
     _, chosen = min((plan for plan in plans if plan is not None), key=lambda plan: plan[0])
-    crossing = np.zeros(len(lives.values), dtype=np.bool_)
-    for i in chosen:
-        crossing |= lives.crossing(cuts[i])
-    return {v for v, crosses in zip(lives.values, crossing, strict=True) if crosses}
+    return [cuts[i] for i in chosen]
 
 
 def _lives(structure: Structure) -> _Lives:

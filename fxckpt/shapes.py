@@ -26,9 +26,11 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
+from torch._decomp import decomposition_table
 from torch._ops import OpOverload
 
-from fxckpt import ops
+from fxckpt import ops, symbols
+from fxckpt.errors import CaptureError
 from fxckpt.invisible import outside_of_modes
 
 aten = torch.ops.aten
@@ -45,8 +47,18 @@ class Geometry:
 
     @staticmethod
     def of(tensor: torch.Tensor) -> Geometry:
-        """That of a real or fake tensor."""
-        return Geometry(tuple(tensor.size()), tensor.stride(), tensor.dtype, tensor.device)
+        """That of a real or fake tensor, in the call that is captured."""
+        size, stride = symbols.hints(tensor.size()), symbols.hints(tensor.stride())
+        return Geometry(size, stride, tensor.dtype, tensor.device)
+
+    @staticmethod
+    def seen(fake: torch.Tensor, sizes: symbols.Sizes) -> Geometry:
+        """That which a fake of a joint graph foresees for a call with these sizes."""
+        if not sizes:
+            return Geometry.of(fake)
+        looks = symbols.looks(fake)
+        size, stride = symbols.at((looks.size, looks.stride), sizes)
+        return Geometry(size, stride, fake.dtype, fake.device)
 
     def empty(self) -> torch.Tensor:
         """A tensor of this geometry: a fake one under the fake mode."""
@@ -71,6 +83,8 @@ def corrected(func: OpOverload, args: Any, kwargs: Any, out: Any) -> Any:
     if LEARNED and isinstance(out, (torch.Tensor, tuple, list)):
         known = _learned(func, args, kwargs, out)
         if known is not None:
+            if not all(map(symbols.is_static, _tensors((*args, *kwargs.values())))):
+                raise CaptureError(f"the shape or layout of {func} is known for one size alone")
             return _replaced(func, out, known)
     if not _can_be_tried(func):
         return out
@@ -80,13 +94,13 @@ def corrected(func: OpOverload, args: Any, kwargs: Any, out: Any) -> Any:
     return _tried(func, args, kwargs, out, tensors)
 
 
-def alike(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors have the same geometry, strides of dimensions without extent aside."""
-    if a.size() != b.size() or a.dtype != b.dtype:
+def alike(a: Geometry, b: torch.Tensor) -> bool:
+    """Whether a tensor has some geometry, strides of dimensions without extent aside."""
+    if a.size != b.size() or a.dtype != b.dtype:
         return False
-    if a.stride() == b.stride() or 0 in a.size():
+    if a.stride == b.stride() or 0 in a.size:
         return True
-    return all(s == t for n, s, t in zip(a.size(), a.stride(), b.stride(), strict=True) if n > 1)
+    return all(s == t for n, s, t in zip(a.size, a.stride, b.stride(), strict=True) if n > 1)
 
 
 def key_of(func: OpOverload, args: Any, kwargs: Any) -> Hashable:
@@ -101,6 +115,8 @@ def _frozen(value: Any) -> Hashable:
         return value
     if isinstance(value, (tuple, list)):
         return tuple(map(_frozen, value))
+    if symbols.is_symbolic(value):
+        return _frozen(symbols.hint(value))
     if isinstance(value, dict):
         return tuple((k, _frozen(v)) for k, v in sorted(value.items()))
     return type(value), value
@@ -210,10 +226,11 @@ def _laid_out(
     if not isinstance(out, torch.Tensor):
         return out
     small, order = known
-    if tuple(sizes.get(n) for n in out.size()) != small:
+    if tuple(sizes.get(symbols.hint(n)) for n in out.size()) != small:
         return out
     stride = _dense(out.size(), order)
-    if stride == out.stride() or any(_share_memory(out, t) for t in operands):
+    as_known = symbols.hints(stride) == symbols.hints(out.stride())
+    if as_known or any(_share_memory(out, t) for t in operands):
         return out
     return Geometry(tuple(out.size()), stride, out.dtype, out.device).empty()
 
@@ -248,7 +265,7 @@ def _dense(size: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:
     stride, extent = [0] * len(size), 1
     for d in order:
         stride[d] = extent
-        extent *= max(size[d], 1)
+        extent *= size[d] if symbols.is_symbolic(size[d]) else max(size[d], 1)
     return tuple(stride)
 
 
@@ -262,7 +279,7 @@ def _names(func: OpOverload) -> list[str]:
 
 def _small_sizes(tensors: Sequence[torch.Tensor]) -> dict[int, int]:
     """A small size for each size that occurs."""
-    sizes = sorted({n for t in tensors for n in t.size() if n > 1})
+    sizes = sorted({n for t in tensors for n in symbols.hints(t.size()) if n > 1})
     return {0: 0, 1: 1, **{n: i for i, n in enumerate(sizes, 2)}}
 
 
@@ -273,16 +290,17 @@ def _small(value: Any, name: str, sizes: dict[int, int]) -> Any:
         LookupError: if there is none.
     """
     if isinstance(value, torch.Tensor):
-        size = tuple(sizes[n] for n in value.size())
-        stride = _small_stride(value.size(), value.stride(), sizes)
+        whole = Geometry.of(value)
+        size = tuple(sizes[n] for n in whole.size)
+        stride = _small_stride(whole.size, whole.stride, sizes)
         return Geometry(size, stride, value.dtype, value.device)
     if isinstance(value, torch.Generator):
         raise LookupError("its state would advance")
     if name == "normalized_shape":
-        return [sizes[n] for n in value]
+        return [sizes[n] for n in symbols.hints(value)]
     if isinstance(value, (tuple, list)):
         return [_small(v, "", sizes) for v in value]
-    return value
+    return symbols.hint(value)
 
 
 def _small_stride(
@@ -361,8 +379,21 @@ def ctc_loss(
     return log_probs.new_empty(batch), log_probs.new_empty(batch, steps, 2 * longest + 1)
 
 
+def padded(x: torch.Tensor, pad: Sequence[int], value: float = 0) -> torch.Tensor:
+    """`constant_pad_nd`, whose fake kernel takes symbols for the numbers of one call (2.13)."""
+    if symbols.is_static(x) and not any(map(symbols.is_symbolic, pad)):
+        return aten.constant_pad_nd.default(x, pad, value)
+    return decomposition_table[aten.constant_pad_nd.default](x, pad, value)
+
+
+def decomposed(func: OpOverload) -> Callable[..., Any] | None:
+    """An operation as torch decomposes it, if it does, which tells the shape of the result."""
+    return decomposition_table.get(func)
+
+
 OWN: dict[OpOverload, Callable[..., Any]] = {
     torch.ops.aten._grouped_mm.default: grouped_mm,
+    torch.ops.aten.constant_pad_nd.default: padded,
 }
 
 # Those that also get, first, the largest element of one of their arguments; its position.

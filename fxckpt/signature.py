@@ -12,19 +12,27 @@ from collections.abc import Hashable, Sequence
 import torch
 
 from fxckpt import tree
-from fxckpt.modes import autocast_state, collected_outputs
+from fxckpt.modes import autocast_state, collected_outputs, compiles_halves
+from fxckpt.symbols import pattern
 
 
-def of_arguments(spec: tree.Spec, tensors: Sequence[torch.Tensor]) -> Hashable:
-    """The part of a signature that comes from the arguments of a call."""
+def of_arguments(
+    spec: tree.Spec, tensors: Sequence[torch.Tensor], *, dynamic: bool = False
+) -> Hashable:
+    """The part of a signature that comes from the arguments of a call.
+
+    Args:
+        spec: Their structure.
+        tensors: The tensors in them.
+        dynamic: Whether calls have the same signature that differ in nothing but sizes.
+    """
     first: dict[int, int] = {}
     return (
         spec,
         tuple(
             (
                 type(t),
-                t.shape,
-                t.stride(),
+                pattern(t.shape, t.stride())[0] if dynamic else (t.shape, t.stride()),
                 t.dtype,
                 t.device,
                 t.requires_grad,
@@ -47,6 +55,7 @@ def of_modes() -> Hashable:
     return (
         autocast_state(),
         collected_outputs(),
+        compiles_halves(),
         tuple(get() for get in _MODES),
         torch.get_default_device() if torch._C._len_torch_function_stack() else None,
         tuple(_C._get_fp32_precision_getter(backend, op) for backend, op in _PRECISIONS),

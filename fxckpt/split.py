@@ -182,7 +182,7 @@ class _Backward:
         self._graph.output(tuple(delivered[name].pop(0) for name in wanted))
         for node in self._mutations:
             reinplace(node)
-        return graph_module(self._graph, "Backward")
+        return graph_module(self._graph, "Backward", self._joint.symbols)
 
     def _deliver(self, name: str, places: int) -> list[Node | None]:
         """The contributions to a gradient, added up if there are more than places for them."""
@@ -263,7 +263,7 @@ def _forward(joint: Joint, schedule: Schedule, needless: Needless) -> GraphModul
     graph.output(tuple(copies[r] for r in (*joint.outputs, *schedule.residuals)))
     for node in mutations:
         reinplace(node)
-    return graph_module(graph, "Forward")
+    return graph_module(graph, "Forward", joint.symbols)
 
 
 def _use_again(

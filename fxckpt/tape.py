@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from fxckpt.modes import AutocastState, autocast_as
 from fxckpt.places import Places, user_source_of
 from fxckpt.recorder import Recorder
 from fxckpt.state import Slot
+from fxckpt.symbols import Concrete, Pattern, Sizes, Symbols, at, pattern, plainly, strides_like
 from fxckpt.values import Guard
 
 
@@ -34,12 +35,13 @@ from fxckpt.values import Guard
 class BackwardKey:
     """All that the backward of a captured forward depends on.
 
-    `cotangents` has, for each output, the strides and dtype of its gradient, or None if none comes;
+    `cotangents` has, for each output, the strides and dtype of its gradient, or None if none comes
+    (if sizes are symbols, the `Pattern` of its strides);
     `autocast` is the autocast state in which backward is called; `recorded` says whether it is
     differentiated in turn (`create_graph`), for which autograd may compute something else.
     """
 
-    cotangents: tuple[tuple[tuple[int, ...], torch.dtype] | None, ...]
+    cotangents: tuple[tuple[Pattern, torch.dtype] | None, ...]
     autocast: AutocastState = ()
     recorded: bool = False
 
@@ -55,6 +57,14 @@ class Result:
 
     origin: int | str
     views: tuple[tuple[OpOverload, tuple[Any, ...], dict[str, Any], int | None, bool], ...]
+
+    def taken_from(self, tensor: torch.Tensor, sizes: Sizes) -> torch.Tensor:
+        """The tensor in the result of a call, from the one that it is a view of."""
+        for func, args, kwargs, index, grad in at(self.views, sizes) if sizes else self.views:
+            with torch.set_grad_enabled(grad):
+                viewed = func(tensor, *args, **kwargs)
+            tensor = viewed if index is None else viewed[index]
+        return tensor
 
 
 @dataclasses.dataclass(slots=True)
@@ -72,16 +82,34 @@ class Tape:
     assigned: list[Slot]  # where these values belong
     changes: Changes  # of objects that were passed; the last of `results` belong to them
     guards: list[Guard]
+    symbols: Symbols
     prepared: list[Prepared] = dataclasses.field(default_factory=list)  # that forward assigns once
-    fingerprint: int = dataclasses.field(init=False)  # of what forward did
-    _joints: dict[BackwardKey, Joint] = dataclasses.field(default_factory=dict)
+    _forward: list[Node] = dataclasses.field(init=False)  # all that was recorded of it
+    _recorded: dict[BackwardKey, tuple[_Recorded, Joint]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        nodes = self.recorder.graph.nodes
-        operations = [(n.name, str(n.target), str(n.args), str(n.kwargs)) for n in nodes]
-        results = [(r.origin, str(r.views)) for r in self.results]
+        self._forward = [*self.recorder.graph.nodes]
+
+    def fingerprint(self, sizes: Sizes = ()) -> int:
+        """Of what forward did, if it did this in a call with these sizes."""
+        operations = tuple(_told(n, self.symbols, sizes) for n in self._forward)
+        results = [(r.origin, str(plainly(at(r.views, sizes)))) for r in self.results]
         changes = self.changes.numbers, str(self.changes.layouts), self.changes.spec
-        self.fingerprint = hash((tuple(operations), tuple(results), self.spec, changes))
+        return hash((operations, tuple(results), self.spec, changes))
+
+    def is_like(self, other: Tape) -> bool:
+        """Whether a tape of the same call, with symbols or without, does the same.
+
+        Forward, and the backward that is expected.
+        """
+        if self.fingerprint(self.symbols.sizes) != other.fingerprint(other.symbols.sizes):
+            return False
+        one, another = (
+            [_told(n, tape.symbols, tape.symbols.sizes) for n in joint.graph.nodes]
+            for tape in (self, other)
+            for joint in [tape.joint(tape.expected_backward())]
+        )
+        return one == another
 
     def expected_backward(self) -> BackwardKey:
         """The likely backward: of the loss if a scalar can be differentiated, else of all outputs.
@@ -97,45 +125,58 @@ class Tape:
         returned = {r.origin for r in self.results[: len(self.results) - put]}
         candidates = [i for i in candidates if i in returned] or candidates
         scalars = [i for i in candidates if self.outputs[i].dim() == 0]
-        key = self._key(scalars or candidates)
+        key = self.dense_key(scalars or candidates)
         try:
             self.joint(key)
         except CaptureError:
             able = [i for i in candidates if self._differentiable_alone(i)]
             if not able:
                 raise
-            key = self._key([i for i in scalars if i in able] or able)
+            key = self.dense_key([i for i in scalars if i in able] or able)
         return key
 
     def _differentiable_alone(self, output: int) -> bool:
         try:
-            self.joint(self._key([output]))
+            self.joint(self.dense_key([output]))
         except CaptureError:
             return False
         return True
 
-    def _key(self, outputs: list[int]) -> BackwardKey:
+    def dense_key(self, outputs: Collection[int]) -> BackwardKey:
         """Dense gradients for these outputs."""
         return BackwardKey(
             tuple(
-                (_dense_strides(t), t.dtype) if i in outputs else None
+                (self._expected_strides(t), t.dtype) if i in outputs else None
                 for i, t in enumerate(self.outputs)
             )
         )
 
-    def joint(self, key: BackwardKey) -> Joint:
+    def _expected_strides(self, output: torch.Tensor) -> Pattern:
+        if not self.symbols.count:
+            return _dense_strides(output)
+        like = Concrete(self.symbols, self.symbols.sizes).tensor(output)
+        return pattern(like.shape, _dense_strides(like))[0]
+
+    def joint(self, key: BackwardKey, sizes: Sizes | None = None) -> Joint:
         """Forward, and backward for `key`, in one graph.
+
+        Args:
+            key: What backward depends on.
+            sizes: Of the call whose shapes it has; by default the one that was captured.
 
         Raises:
             CaptureError: if backward does something that a graph cannot reproduce.
         """
-        with LOCK:
-            if key not in self._joints:
-                with invisible.outside_of_modes():  # of the caller, see `capture`
-                    self._joints[key] = self._differentiate(key)
-            return self._joints[key]
+        with LOCK, invisible.outside_of_modes():  # of the caller, see `capture`
+            if key not in self._recorded:
+                recorded = self._differentiate(key)
+                self._recorded[key] = recorded, _extract(self, recorded, self.symbols.sizes)
+            recorded, joint = self._recorded[key]
+            if sizes is None or sizes == self.symbols.sizes:
+                return joint
+            return _extract(self, recorded, sizes)
 
-    def _differentiate(self, key: BackwardKey) -> Joint:
+    def _differentiate(self, key: BackwardKey) -> _Recorded:
         recorder = self.recorder
         recorder.phase = self.places.phase = "backward"
         fakes, cotangents = self._cotangents(key)
@@ -161,7 +202,7 @@ class Tape:
             if len(grads) > 1:
                 raise CaptureError(f"{primal.name} is reached in two ways, one of them hidden")
             by_primal[primal.name] = tuple(recorder.node_for(g) for each in grads for g in each)
-        return _extract(self, cotangents, by_primal, _nodes_after(last))
+        return _Recorded(cotangents, by_primal, _nodes_after(last))
 
     def _nothing_kept(
         self, outputs: list[torch.Tensor], ours: list[Any]
@@ -179,13 +220,27 @@ class Tape:
         fakes, nodes = [], []
         for i, (out, c) in enumerate(zip(self.outputs, key.cotangents, strict=True)):
             if c is not None:
+                strides: Any = c[0]
+                if self.symbols.count:
+                    strides = strides_like(strides, out.size())
+                if strides is None:
+                    raise CaptureError("a gradient has strides that do not follow from sizes")
                 with self.recorder.fake_mode:
                     options: Any = {"dtype": c[1], "device": out.device}
                     options["requires_grad"] = key.recorded
-                    fake = torch.empty_strided(out.size(), c[0], **options)
+                    fake = torch.empty_strided(out.size(), strides, **options)
                 fakes.append(fake)
                 nodes.append(self.recorder.add_placeholder(fake, f"cotangent_{i}"))
         return fakes, nodes
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Recorded:
+    """What was recorded of a backward; `ran` is all of it."""
+
+    cotangents: list[Node]
+    grads: dict[str, tuple[Node, ...]]
+    ran: set[Node]
 
 
 def _nodes_after(last: Node) -> set[Node]:
@@ -286,14 +341,13 @@ def reported(phase: str) -> Iterator[None]:
         ) from error
 
 
-def _extract(
-    tape: Tape, cotangents: list[Node], grads: dict[str, tuple[Node, ...]], ran: set[Node]
-) -> Joint:
-    """The part of the tape that outputs, writes and these gradients need, as a graph of its own.
+def _extract(tape: Tape, recorded: _Recorded, sizes: Sizes) -> Joint:
+    """The part of the tape that outputs, writes and some gradients need, as a graph of its own.
 
-    Of other operations of backward, only those that `ran` for these cotangents belong to it.
+    Of other operations of backward, only those that ran for these cotangents belong to it.
     """
-    recorder = tape.recorder
+    recorder, concrete = tape.recorder, Concrete(tape.symbols, sizes)
+    cotangents, grads, ran = recorded.cotangents, recorded.grads, recorded.ran
     outputs = tape.output_nodes
     writes = {
         p.name: recorder.storage_of(p.fake).node
@@ -314,10 +368,13 @@ def _extract(
     copies: dict[Node, Node] = {}
 
     def copy(node: Node) -> None:
-        copies[node] = graph.node_copy(node, copies.__getitem__)
+        copies[node] = made = graph.node_copy(node, copies.__getitem__)
         for key in ("alias", "like"):
-            if (other := copies[node].meta.pop(key, None)) in copies:
-                copies[node].meta[key] = copies[other]
+            if (other := made.meta.pop(key, None)) in copies:
+                made.meta[key] = copies[other]
+        if tape.symbols.count:
+            made.args, made.kwargs = concrete.arguments((made.args, made.kwargs))
+            made.meta["val"] = concrete.value(made.meta["val"])
 
     names = {p.node: p.name for p in tape.primals}
     primals = [n for n in nodes if n in needed and n in names]
@@ -325,6 +382,7 @@ def _extract(
     for node in (*primals, *cotangents, *operations):
         copy(node)
     graph.output(tuple(copies[n] for n in wanted))
+    _require_free(tape.symbols.names, graph)
     return Joint(
         graph,
         {names[n]: copies[n] for n in primals},
@@ -333,7 +391,21 @@ def _extract(
         {name: copies[n] for name, n in writes.items()},
         {name: tuple(copies[n] for n in each) for name, each in grads.items()},
         tape.places.position,
+        tape.symbols.names,
+        sizes,
     )
+
+
+def _require_free(names: Collection[str], graph: Graph) -> None:
+    """Raises if a variable of the generated code is called as a size is."""
+    if any(node.name in names for node in graph.nodes):
+        raise CaptureError("an argument is called as sizes are in graphs (s0, s1, ...)")
+
+
+def _told(node: Node, symbols: Symbols, sizes: Sizes) -> tuple[str, str, str]:
+    """What a node does, in a call with these sizes."""
+    arguments = plainly(symbols.numbers((node.args, node.kwargs), sizes))
+    return node.name, str(node.target), str(arguments)
 
 
 def _dense_strides(tensor: torch.Tensor) -> tuple[int, ...]:

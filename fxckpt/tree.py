@@ -158,16 +158,23 @@ def _children(tree: Any) -> Sequence[Any]:
 
 def holds_tensor(tree: Any) -> bool:
     """Whether there is a tensor in something, a few levels deep."""
-    return _holds_tensor(tree, 0, set())
+    return holds(tree, torch.Tensor)
 
 
-def _holds_tensor(tree: Any, depth: int, seen: set[int]) -> bool:
-    if isinstance(tree, torch.Tensor):
+def holds(tree: Any, kind: type | tuple[type, ...]) -> bool:
+    """Whether something of a kind is in something, a few levels deep."""
+    return _holds(tree, kind, 0, set())
+
+
+def _holds(tree: Any, kind: Any, depth: int, seen: set[int]) -> bool:
+    if isinstance(tree, kind):
         return True
+    if type(tree) is torch.Size:
+        return any(isinstance(n, kind) for n in tree)
     if type(tree) in _ATOMS or depth > 6 or id(tree) in seen:
         return False
     seen.add(id(tree))
-    return any(_holds_tensor(c, depth + 1, seen) for c in _children(tree))
+    return any(_holds(c, kind, depth + 1, seen) for c in _children(tree))
 
 
 def _is_tree(tree: Any, above: tuple[int, ...]) -> bool:

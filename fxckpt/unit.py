@@ -62,6 +62,8 @@ class Unit:
         """Runs the module's forward: the captured one if gradients may be wanted."""
         if not (module.training and torch.is_grad_enabled()):
             return original_forward(module)(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return run_traced(module, args, kwargs)
         if is_capturing():
             return run_within(self.options, module, args, kwargs)
         if is_traced(module):
@@ -155,6 +157,11 @@ class Unit:
         runners = self.parts.runners() if self.parts is not None else []
         return [(path, part.latest) for path, part in runners if part.latest is not None]
 
+    def histories(self) -> list[Captures]:
+        """What was captured, of the module as a whole and of its parts."""
+        runners = self.parts.runners() if self.parts is not None else []
+        return [self.captures, *(part.captures for _, part in runners)]
+
     def _saving_parts(self) -> list[str]:
         runners = self.parts.runners() if self.parts is not None else []
         return [path for path, part in runners if part.latest is not None]
@@ -185,6 +192,15 @@ def run_within(options: Options, module: nn.Module, args: Any, kwargs: Any) -> A
     return recorder.run_within(checkpoint, lambda: original_forward(module)(*args, **kwargs))
 
 
+def run_traced(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """Runs the forward of a rewritten module inside of `torch.compile`."""
+    if torch.compiler.is_exporting():
+        return original_forward(module)(*args, **kwargs)
+    from fxckpt import traced  # and with it Dynamo, which takes seconds
+
+    return traced.forward(module, args, kwargs)
+
+
 class Part:
     """Runs the forward of a part of a module that cannot be captured as a whole.
 
@@ -198,7 +214,7 @@ class Part:
 
     def __init__(self, module: nn.Module, position: Position, whole: Unit) -> None:
         self._cast = CastOnce(position.path, waits=True)
-        self._captures = Captures(module, whole.options, position)
+        self.captures = Captures(module, whole.options, position)
         self.latest: Captured | None = None  # set if it saves memory
         self._owner, self._whole = weakref.ref(module), weakref.ref(whole)
 
@@ -212,7 +228,7 @@ class Part:
             return original_forward(module)(*args, **kwargs)
         if self._owner() is not module or self._cast.may_be(parts):
             return original_forward(module)(*args, **kwargs)
-        found, call = self._captures.find(module, args, kwargs)
+        found, call = self.captures.find(module, args, kwargs)
         if isinstance(found, Captured) and found.saves_memory:
             self.latest = found
             with contextlib.suppress(Misfit):

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -26,8 +26,10 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from fxckpt import invisible, ops
+from fxckpt.codegen import graph_module
 from fxckpt.errors import CaptureError
 from fxckpt.joint import Primal, reachable
+from fxckpt.symbols import Sizes, Symbols, hint
 
 _HINT = "Keep that decision outside of the model, or rewrite its submodules."
 MAX_ELEMENTS = 1 << 24  # of one intermediate: beyond, evaluating at each call is not cheap
@@ -41,10 +43,12 @@ class Guard:
     compute: GraphModule
     expected: Any
 
-    def holds(self, lookup: Callable[[str], torch.Tensor]) -> bool:
+    def holds(self, lookup: Callable[[str], torch.Tensor], sizes: Sizes = ()) -> bool:
         """Whether the value is the one that was captured, for the primals that `lookup` finds."""
         with _as_recorded():
-            return summary(self.compute(*map(lookup, self.primals))) == self.expected
+            return (
+                summary(self.compute.forward([*map(lookup, self.primals), sizes])) == self.expected
+            )
 
 
 def summary(value: Any) -> Any:
@@ -64,7 +68,12 @@ def is_readable(primal: Primal, tensor: torch.Tensor) -> bool:
 
 
 def make_guard(
-    graph: Graph, func: OpOverload, args: Any, kwargs: Any, known: Mapping[Node, torch.Tensor]
+    graph: Graph,
+    func: OpOverload,
+    args: Any,
+    kwargs: Any,
+    known: Mapping[Node, torch.Tensor],
+    symbols: Symbols,
 ) -> tuple[list[Node], GraphModule]:
     """The operations that lead from primals to `func(*args)`, as a module of its own.
 
@@ -74,6 +83,7 @@ def make_guard(
         args: Its positional arguments.
         kwargs: Its keyword arguments.
         known: Real tensors of the placeholders that may be read.
+        symbols: Of the capture.
 
     Returns:
         The placeholders that the value depends on, and the module: a function of them.
@@ -87,31 +97,38 @@ def make_guard(
     _require_knowable(needed, known, str(func))
     if func is torch.ops.aten._local_scalar_dense.default:
         _require_integer(inputs[0], needed, str(func))
-    primals, slice_, copies = _slice(graph, needed)
+    primals, slice_, copies = _slice(graph, needed, symbols)
+    args, kwargs = symbols.numbers((tuple(args), dict(kwargs)), symbols.sizes)
     read = slice_.call_function(
-        func, map_arg(tuple(args), copies.__getitem__), map_arg(dict(kwargs), copies.__getitem__)
+        func, map_arg(args, copies.__getitem__), map_arg(kwargs, copies.__getitem__)
     )
     slice_.output(read)
-    return primals, GraphModule({}, slice_)
+    return primals, graph_module(slice_, "Guard", symbols.names)
 
 
-def evaluate(compute: GraphModule, tensors: Iterator[torch.Tensor]) -> Any:
+def evaluate(compute: GraphModule, tensors: Iterable[torch.Tensor], sizes: Sizes) -> Any:
     """What a slice of a recorded graph computes for real tensors, in the middle of a capture."""
     with invisible.outside_of_modes(), _as_recorded():
-        return compute(*tensors)
+        return compute.forward([*tensors, sizes])
 
 
 def evaluated(
-    graph: Graph, wanted: Mapping[int, Node], real: Mapping[Node, torch.Tensor]
+    graph: Graph,
+    wanted: Mapping[int, Node],
+    real: Mapping[Node, torch.Tensor],
+    symbols: Symbols,
 ) -> dict[int, torch.Tensor]:
     """The values of nodes of a recorded graph, by any key, given those of its placeholders."""
-    primals, slice_, copies = _slice(graph, reachable([*wanted.values()]))
+    primals, slice_, copies = _slice(graph, reachable([*wanted.values()]), symbols)
     slice_.output(tuple(copies[n] for n in wanted.values()))
-    values = evaluate(GraphModule({}, slice_), (real[p] for p in primals))
+    compute = graph_module(slice_, "Kept", symbols.names)
+    values = evaluate(compute, (real[p] for p in primals), symbols.sizes)
     return dict(zip(wanted, values, strict=True))
 
 
-def _slice(graph: Graph, needed: set[Node]) -> tuple[list[Node], Graph, dict[Node, Node]]:
+def _slice(
+    graph: Graph, needed: set[Node], symbols: Symbols
+) -> tuple[list[Node], Graph, dict[Node, Node]]:
     """Copies nodes, without what they remember of the capture: a guard lives on."""
     slice_ = Graph()
     copies: dict[Node, Node] = {}
@@ -160,6 +177,6 @@ def _require_knowable(nodes: set[Node], known: Mapping[Node, Any], what: str) ->
                 f"forward reads a value ({what}) that depends on a random draw", hint=_HINT
             )
         elif isinstance(node.meta["val"], torch.Tensor) and (
-            node.meta["val"].numel() > MAX_ELEMENTS
+            hint(node.meta["val"].numel()) > MAX_ELEMENTS
         ):
             raise CaptureError(f"forward reads a value ({what}) of a large tensor", hint=_HINT)

@@ -1,9 +1,10 @@
-"""What kernels allocate besides results that look as they should, where that is known and large.
+"""What kernels allocate besides results that look as they should.
 
-Measured with the profiler's allocation events (see docs/measuring-memory.md). On the CPU, oneDNN
-copies the operands of a convolution into layouts of its own, and the result back; where it does not
-run, patches of the input become a matrix. Not counted: channels that oneDNN adds to have a multiple
-of 16, its copies of operands in half precision, and what cuDNN and cuBLAS take.
+On the CPU it is measured, see `kernels`, unless the model is on fake tensors. For those it is known
+of some operations: oneDNN copies the operands of a convolution into layouts of its own, and the
+result back; where it does not run, patches of the input become a matrix. Not counted there:
+channels that oneDNN adds to have a multiple of 16, its copies of operands in half precision, and
+whatever cuDNN and cuBLAS take.
 """
 
 from __future__ import annotations
@@ -14,14 +15,17 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Node
 
-from fxckpt import ops
-from fxckpt.joint import storage_bytes
+from fxckpt import kernels, ops
+from fxckpt.joint import Joint, storage_bytes
+from fxckpt.shapes import alike
 
 _native: Any = torch._C  # not all of it is declared
 
 
 def workspace(node: Node) -> int:
     """Bytes that the kernel of an operation takes while it runs, besides its results."""
+    if (found := kernels.workspace(node)) is not None:
+        return found
     known = _ON_CPU.get(ops.schema_name(ops.operation(node)))
     if known is None:
         return 0
@@ -38,6 +42,26 @@ def oversized(node: Node) -> int | None:
         return None
     operands = torch.broadcast_shapes(*(value.meta["val"].shape for value in node.all_input_nodes))
     return operands.numel() * node.meta["val"].element_size()
+
+
+def copied_at_the_end(joint: Joint) -> int:
+    """Bytes that autograd takes to hand the gradients of a graph to parameters.
+
+    It keeps the very tensor if that is laid out like the parameter, and belongs to nobody else.
+    Else it makes a copy, one after the other.
+    """
+    pairs = [
+        (joint.primals[name].meta["val"], grads[-1])
+        for name, grads in joint.grads.items()
+        if grads and joint.primals[name].meta["kind"] != "input"
+    ]
+    kept: dict[int, int] = {}
+    again = 0
+    for _, grad in pairs:
+        again += kept.get(memory := grad.meta["val"].untyped_storage()._cdata, 0)
+        kept[memory] = _bytes(grad)
+    apart = [_bytes(grad) for primal, grad in pairs if not alike(primal, grad.meta["val"])]
+    return again + max(apart, default=0)
 
 
 def _convolution(node: Node) -> int:

@@ -345,6 +345,8 @@ def test_what_cannot_be_measured_is_an_error() -> None:
     with profile():
         loss_of(model, batch()).backward()  # is not measured again
     found = fxckpt.plan(nn.Sequential(*(Layer() for _ in range(3))), batch(), budget=1.0)
+    with pytest.raises(BudgetError, match="measured for each size"):
+        fxckpt.rewrite(net(), budget=0.5, units="blocks", dynamic=True)
     with pytest.raises(fxckpt.PolicyError, match="a plan is for the model as one unit"):
         fxckpt.rewrite(net(), plan=found, units="blocks")
 

@@ -16,7 +16,7 @@ WIDTH = 16
 
 
 class Net(nn.Module):
-    """Dropout, buffers, an in-place operation, and a choice that depends on data."""
+    """Dropout, noise, buffers, an in-place operation, and a choice that depends on data."""
 
     def __init__(self, *, chooses: bool = False) -> None:
         super().__init__()
@@ -34,6 +34,8 @@ class Net(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         for layer in self.layers:
             x = x + layer(x)
+            if self.training:
+                x = x + 0.1 * torch.rand_like(x)
             if self.chooses and x.sum() > 1e6:
                 x = -x
         return x, {"loss": x.square().mean()}

@@ -27,9 +27,8 @@ from torch.nn import functional as F
 
 import fxckpt
 from bench.models import build
-from fxckpt import ops
 from fxckpt.joint import Joint
-from fxckpt.lean import lean
+from fxckpt.lean import can_be_imitated, lean
 from fxckpt.memory import Memory
 from fxckpt.schedule import Choice
 
@@ -85,9 +84,9 @@ def test_two_calls_for_a_convolution_give_the_same_bits(args: tuple[Any, ...], b
 def test_channels_last_cannot_be_imitated() -> None:
     """Kernels lay out the gradient of an input as the input."""
     x = torch.randn(2, 3, 4, 4)
-    assert ops.can_be_imitated(x)
-    assert not ops.can_be_imitated(x.to(memory_format=torch.channels_last))
-    assert not ops.can_be_imitated(x.transpose(2, 3))
+    assert can_be_imitated(x)
+    assert not can_be_imitated(x.to(memory_format=torch.channels_last))
+    assert not can_be_imitated(x.transpose(2, 3))
 
 
 POOLS: dict[str, Callable[[Tensor], Tensor]] = {

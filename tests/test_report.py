@@ -416,7 +416,8 @@ def test_the_curve_and_its_rivals(tmp_path: Path) -> None:
         case.model, points=3, device=DEVICE, planning_seconds=0.5, **case.batch(0)
     )
     assert curve.peers.keys() == {
-        "per-block checkpointing", "selective, matmuls saved", "sqrt(n) segments"
+        "per-block checkpointing", "selective, matmuls saved", "sqrt(n) segments",
+        "attention recomputed",
     }  # fmt: skip
     for name, ours in curve.beside.items():
         assert ours.peak <= curve.peers[name].peak

