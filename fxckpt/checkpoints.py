@@ -35,6 +35,15 @@ class _Again:
             return self._fn(*args, **kwargs)
 
 
+def _noted(recorder: Recorder, steps: Iterator[None]) -> Iterator[None]:
+    """The steps of a checkpoint; what forward records in between is noted."""
+    recorder.checkpoints += 1
+    try:
+        yield from steps
+    finally:
+        recorder.checkpoints -= 1
+
+
 @contextlib.contextmanager
 def followed(recorder: Recorder) -> Iterator[None]:
     """While active, checkpoints of this thread tell the recorder what they draw again."""
@@ -42,10 +51,13 @@ def followed(recorder: Recorder) -> Iterator[None]:
     thread = threading.get_ident()
 
     def checkpointing(fn: Any, preserve_rng_state: bool, *args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() != thread or not preserve_rng_state:
+        if threading.get_ident() != thread:
             return original(fn, preserve_rng_state, *args, **kwargs)
+        if not preserve_rng_state:
+            return _noted(recorder, original(fn, preserve_rng_state, *args, **kwargs))
         again = _Again(fn, recorder)
-        return again.followed(original(again, preserve_rng_state, *args, **kwargs))
+        steps = original(again, preserve_rng_state, *args, **kwargs)
+        return _noted(recorder, again.followed(steps))
 
     with mock.patch.object(
         torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", checkpointing

@@ -221,8 +221,11 @@ def _found(
     kind: str, find: Callable[[Structure], list[Region]], structure: Structure
 ) -> list[Region]:
     regions = find(structure)
+    nodes = structure.joint.forward_nodes()
     if regions or structure.joint.position.is_part:
         return regions
+    if any(n.meta.get("checkpointed") for n in nodes):  # by the model itself, with nothing left
+        return []
     if kind == "block":
         raise PolicyError(
             'policy="block" finds no modules of one class that are called several times and are '

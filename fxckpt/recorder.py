@@ -126,6 +126,7 @@ class Recorder(TorchDispatchMode):
         self.symbols = symbols
         self.phase = "forward"
         self.nest: tuple[Any, ...] = ()  # the checkpoints that are running, see `nests`
+        self.checkpoints = 0  # those of torch
         self._storages: dict[int, _Storage] = {}
         self._entries: dict[int, _Entry] = {}
         self._nonzero: dict[Node, torch.Tensor] = {}  # of masks, by their contents
@@ -473,6 +474,8 @@ class Recorder(TorchDispatchMode):
         }
         if self.nest and self.phase == "forward":
             node.meta["nest"] = self.nest
+        if self.checkpoints:
+            node.meta["checkpointed"] = True
         if not ops.node_is_random(node):
             return node
         if self.phase == "forward":

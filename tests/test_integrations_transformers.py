@@ -239,6 +239,43 @@ def test_callback_refuses_what_makes_it_useless(what: str, tmp_path: Path) -> No
     assert not fxckpt.is_rewritten(trainer.model)
 
 
+OWN = "activation_checkpointing_enable"  # gradient_checkpointing_enable before transformers 5.20
+
+
+@pytest.mark.parametrize(
+    ("policy", "options"),
+    [("block", {}), ("dots", {}), ("norm", {}), ("block", {"units": "blocks"})],
+)
+def test_beside_checkpointing_of_the_model_itself(policy: str, options: dict[str, Any]) -> None:
+    """Both at once are exact, whichever was switched on first."""
+    tokens = torch.arange(32).view(2, 16)
+    found = []
+    for order in ("eager", "model first", "rewritten first"):
+        model = llama().train()
+        enable = getattr(model, OWN, None) or model.gradient_checkpointing_enable
+        if order != "rewritten first":
+            enable({"use_reentrant": False})
+        if order != "eager":
+            model = fxckpt.rewrite_(model, policy, strict=True, **options)
+        if order == "rewritten first":
+            enable({"use_reentrant": False})
+        for _ in range(2):
+            model.zero_grad()
+            model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        assert order == "eager" or captures(model) or options
+        found.append([p.grad for p in model.parameters()])
+    assert_same(found[1], found[0])
+    assert_same(found[2], found[0])
+
+
+def test_trainer_that_checkpoints_by_itself(eager: Callable[..., Trainer], tmp_path: Path) -> None:
+    name = "activation" if hasattr(llama(), OWN) else "gradient"
+    kwargs: dict[str, Any] = {f"{name}_checkpointing": True, "save_strategy": "no"}
+    kwargs[f"{name}_checkpointing_kwargs"] = {"use_reentrant": False}
+    expected = eager(llama, **kwargs)
+    assert_same_training(trained(llama, tmp_path / "ours", "rewritten", **kwargs), expected)
+
+
 def test_callback_tells_if_the_model_is_not_called(tmp_path: Path) -> None:
     class Around(Trainer):
         def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:

@@ -59,7 +59,7 @@ def _require_eager(args: Any) -> None:
         ),
         "torch_compile=True": (
             args.torch_compile,
-            "a compiled model runs its original forward; leave it out",
+            "rewrite the model before the trainer is made, without the callback",
         ),
         "several devices in one process": (
             args.parallel_mode is ParallelMode.NOT_DISTRIBUTED,
