@@ -16,10 +16,10 @@ and buffers are there already. It comes and goes like this:
     gradients       live to the end of backward: all are returned at once
     residuals       die at their last reader in backward
 
-Not counted: what kernels allocate and free while they run, apart from what `workspace` knows; what
-follows backward (a gradient that is added to one that is there already); fragmentation and
-rounding, apart from CUDA's (see `ledger.allocated`); a first call, which keeps more, to be able to
-take back what it did.
+Not counted: what kernels allocate and free while they run, apart from what `workspace` knows, and
+two states of the generator (10 KB) while the CPU draws again; what follows backward (a gradient that
+is added to one that is there already); fragmentation and rounding, apart from CUDA's (see
+`ledger.allocated`); a first call, which keeps more, to be able to take back what it did.
 """
 
 from __future__ import annotations
