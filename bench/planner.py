@@ -5,7 +5,8 @@ python bench/planner.py --model gpt2 resnet50 --budget 50 30 --write bench/resul
 
 Budgets are in per cent of what eager holds at its peak, parameters included; where a row is empty,
 no plan was found. Nothing is run: times are those of the cost model, for an H200 in bfloat16
-(language models) and a V100 in float32 (vision).
+(language models) and a V100 in float32 (vision). Seconds are those of one processor core that
+planning takes, for one budget after the other.
 
 The second table has a plan for exactly the peak of each of several strategies, the ratio of its
 overhead to theirs, that of the bound (no plan has a lower ratio), and the ratio where regions are
@@ -152,14 +153,14 @@ def budgets(planner: Planner, parameters: int, fractions: Sequence[float]) -> It
     """Rows of the first table."""
     eager = planner.eager_peak + parameters
     for fraction in fractions:
-        start = time.perf_counter()
+        start = time.process_time()
         budget = int(fraction / 100 * eager) - parameters
         try:
             plan = planner.plan(max(budget, 1))
         except BudgetError:
-            yield [fraction, None, None, None, None, time.perf_counter() - start]
+            yield [fraction, None, None, None, None, time.process_time() - start]
             continue
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
         peak = (plan.peak + parameters) / GIB
         bound = 100 * plan.bound / plan.step_seconds
         yield [fraction, peak, 100 * plan.overhead, bound, 100 * plan.gap, seconds]
@@ -208,9 +209,9 @@ def section(name: str, fractions: Sequence[float]) -> str:
     """All about one model, in Markdown."""
     target = TARGETS[name]
     joint, parameters = captured(target)
-    start = time.perf_counter()
+    start = time.process_time()
     planner = Planner(joint, device=target.device)
-    prepared = time.perf_counter() - start
+    prepared = time.process_time() - start
     eager = (planner.eager_peak + parameters) / GIB
     first = tabulate(
         budgets(planner, parameters, fractions),

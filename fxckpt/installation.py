@@ -15,7 +15,6 @@ import copy
 import copyreg
 import functools
 import inspect
-import itertools
 import types
 import weakref
 from collections.abc import Callable
@@ -29,8 +28,7 @@ from fxckpt.errors import FxckptError
 M = TypeVar("M", bound=nn.Module)
 _UNIT = "_fxckpt_unit"
 _HIDDEN = "_fxckpt_forward"  # a forward that was an attribute of the instance
-_NUMBER = "_fxckpt_number"  # by which what is compiled finds the module
-_OURS = (_UNIT, _HIDDEN, _NUMBER)
+_OURS = (_UNIT, _HIDDEN)
 _MARK = "_fxckpt_original"  # the class that a class of ours stands for
 _NAMING = ("__name__", "__qualname__", "__module__", "__doc__", "__annotations__")
 
@@ -52,8 +50,8 @@ def install(model: nn.Module, runner: Any) -> None:
     """Makes a module run its forward by `runner`."""
     sub = _subclass(type(model))
     model.__dict__[_UNIT] = runner
-    _give_number(model)
-    if "forward" in model.__dict__:  # as accelerate does
+    _by_id[id(model)] = model
+    if "forward" in model.__dict__ and not _runs_ours(model.__dict__["forward"]):
         model.__dict__[_HIDDEN] = model.__dict__.pop("forward")
     model.__class__ = sub
 
@@ -74,6 +72,7 @@ def uninstall(model: nn.Module) -> None:
             f"restore_(model): the class of the model was changed to {type(model)} after it was "
             "rewritten (parametrize and fully_shard do so). Undo that first"
         )
+    _settle(model)
     model.__class__ = original_class(type(model))
     model.__dict__.update(_without_runner(model.__dict__))
     for key in _OURS:
@@ -85,24 +84,12 @@ def is_runner(attribute: str) -> bool:
     return attribute in _OURS
 
 
-def _give_number(model: nn.Module) -> None:
-    number = model.__dict__[_NUMBER] = next(_numbers)
-    _numbered[number] = model
+_by_id: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
 
 
-_numbers = itertools.count()
-_numbered: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
-
-
-def number_of(model: nn.Module) -> int:
-    """A number that stands for a module on which something was installed."""
-    number: int = model.__dict__[_NUMBER]
-    return number
-
-
-def module_of(number: int) -> nn.Module:
-    """The module that a number stands for."""
-    return _numbered[number]
+def with_id(number: int) -> nn.Module:
+    """The module on which something was installed, by `id`, all that compiled code has of it."""
+    return _by_id[number]
 
 
 def installed(model: nn.Module) -> Any:
@@ -134,12 +121,23 @@ def original_class(cls: Any) -> Any:
 
 def plain(model: M) -> M:
     """A module with the same attributes, without the runner."""
+    if installed(model) is not None:
+        _settle(model)
     cls = original_class(type(model))
     new: M = object.__new__(cls)
     new.__dict__.update(_without_runner(model.__dict__))
     for name in copyreg._slotnames(cls):  # type: ignore[attr-defined]
         if hasattr(model, name):
             setattr(new, name, getattr(model, name))
+    return new
+
+
+def twin(model: M) -> M:
+    """Like `plain`, a module that stands beside `model`: its own methods are bound to itself."""
+    new = plain(model)
+    own = new.__dict__.get("forward")
+    if isinstance(own, types.MethodType) and own.__self__ is model:
+        new.__dict__["forward"] = types.MethodType(own.__func__, new)
     return new
 
 
@@ -163,6 +161,34 @@ def _is_ours(cls: Any) -> bool:
 def _outermost(cls: Any) -> Any:
     """The class among `cls` and its bases that runs the runner."""
     return cls if _is_ours(cls) else next(filter(_is_ours, cls.__mro__), None)
+
+
+# -- forwards that are attributes of the instance
+#
+# `Accelerator.prepare` puts one around the forward of a class, for mixed precision, and
+# `unwrap_model(keep_fp32_wrapper=False)` binds the innermost function to the module. If the forward
+# was ours by then, that is a method, bound for the second time.
+
+
+def _settle(model: nn.Module) -> bool:
+    """Makes a forward of ours that was bound twice what it was meant for: the innermost one."""
+    attributes = _unnoticed(model)
+    twice = getattr(attributes.get("forward"), "__func__", None)
+    if not isinstance(twice, types.MethodType) or not _runs_ours(twice):
+        return False
+    del attributes["forward"]
+    inner = inspect.unwrap(attributes.pop(_HIDDEN, None) or twice)
+    inner = getattr(inner, "__func__", inner)
+    if inner is not original_class(type(model)).forward and not _runs_ours(inner):
+        attributes[_HIDDEN] = types.MethodType(inner, model)
+    attributes[_UNIT] = attributes[_UNIT].for_copy(model)  # what was captured is another forward
+    return True
+
+
+def _runs_ours(forward: Any) -> bool:
+    """Whether a function leads to the forward of a class that was made here."""
+    inner = inspect.unwrap(forward)
+    return getattr(inner, "__func__", inner) in {sub.forward for sub in _SUBCLASSES.values()}
 
 
 class _Silent:
@@ -189,6 +215,10 @@ def _subclass(cls: Any) -> Any:
     new.__bases__ = (cls,)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, new) and _UNIT not in _unnoticed(self):  # restored
+            return cls.forward(self, *args, **kwargs)
+        if args and args[0] is self and _settle(self):
+            args = args[1:]
         if _UNIT not in _unnoticed(self) or _outermost(type(self)) not in (new, None):
             # Made by `type(model)(...)`, or of a class derived from that.
             return super(new, self).forward(*args, **kwargs)
@@ -245,7 +275,7 @@ def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
 
 def _copy(self: M) -> M:
     if not _is_ours(type(self)):
-        return _renumbered(_derived(self, self.__dict__))
+        return _derived(self, self.__dict__)
     return _with_runner(copy.copy(plain(self)), self)
 
 
@@ -253,7 +283,7 @@ def _deepcopy(self: M, memo: dict[int, Any]) -> M:
     if not _is_ours(type(self)):
         memo[id(self)] = new = _derived(self, {})
         new.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return _renumbered(new)
+        return new
     model = plain(self)
     if hasattr(type(model), "__deepcopy__"):
         new = copy.deepcopy(model, memo)
@@ -270,12 +300,7 @@ def _deepcopy(self: M, memo: dict[int, Any]) -> M:
 def _derived(model: M, attributes: dict[str, Any]) -> M:
     new: M = object.__new__(type(model))
     new.__dict__.update(attributes)
-    return new
-
-
-def _renumbered(new: M) -> M:
-    if _NUMBER in new.__dict__:
-        _give_number(new)
+    _by_id[id(new)] = new
     return new
 
 

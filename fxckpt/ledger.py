@@ -79,6 +79,10 @@ class Fact:
         """Whether it is more than a view."""
         return self.shares is None
 
+    def taking(self, size: int) -> Fact:
+        """The same of an operation that takes as many bytes while it runs, if not more."""
+        return dataclasses.replace(self, workspace=max(self.workspace, size))
+
     @staticmethod
     def of(node: Node, known: Reinplacer, workspaces: bool) -> Fact:
         """The facts of a node."""

@@ -17,7 +17,7 @@ and buffers are there already. It comes and goes like this:
     residuals       die at their last reader in backward
 
 Not counted: what kernels allocate and free while they run, apart from what `workspace` knows; what
-follows backward (a gradient that autograd has to copy before it accumulates); fragmentation and
+follows backward (a gradient that is added to one that is there already); fragmentation and
 rounding, apart from CUDA's (see `ledger.allocated`); a first call, which keeps more, to be able to
 take back what it did.
 """
@@ -34,6 +34,7 @@ from fxckpt.ledger import Fact, Ledger, allocated, allocated_for_result, allocat
 from fxckpt.reinplace import Reinplacer, Reuse
 from fxckpt.replay import Replay
 from fxckpt.schedule import Schedule, Scheduler, read_before_written
+from fxckpt.workspace import copied_at_the_end
 
 
 def replay(joint: Joint, saved: Collection[Node]) -> Replay:
@@ -93,6 +94,9 @@ class Memory:
         self.reinplacer = Reinplacer(self.scheduler, eager=eager)
         nodes = [*joint.forward_nodes(), *joint.backward_nodes()]
         self.facts = {n: Fact.of(n, self.reinplacer, workspaces) for n in nodes}
+        if workspaces and joint.grads:
+            last = next(n for n in reversed(nodes) if self.facts[n].runs)
+            self.facts[last] = self.facts[last].taking(copied_at_the_end(joint))
         self.held_by_call = _held_by_call(joint)
         self.values = [
             n

@@ -13,7 +13,7 @@ from fxckpt import policies
 from fxckpt.blocks import Blocks, Undecided, Units
 from fxckpt.captures import Options
 from fxckpt.errors import BudgetError, FxckptError, PolicyError
-from fxckpt.installation import install, installed, plain, runner_of, uninstall
+from fxckpt.installation import install, installed, runner_of, twin, uninstall
 from fxckpt.planner import AsPlanned, WithinBudget
 from fxckpt.plans import Plan
 from fxckpt.runtime import Decide
@@ -109,7 +109,7 @@ def rewrite(
     """
     _require_module("rewrite", model)
     return rewrite_(
-        plain(model),
+        twin(model),
         policy,
         budget=budget,
         plan=plan,

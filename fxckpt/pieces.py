@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from fxckpt import ops
 from fxckpt.ledger import allocated_for_copy, allocated_for_state
-from fxckpt.schedule import Before, State, Step
+from fxckpt.schedule import Before, State
 from fxckpt.variables import Variables
 
 NEVER = -(1 << 60)  # before all moments
@@ -266,10 +266,10 @@ class Builder:
     def copy(self, step: State | Before) -> None:
         """Adds the copy of a state, or of what forward changes."""
         if isinstance(step, State):
-            size = allocated_for_state(ops.node_device(step.node))
+            kind, size = "state", allocated_for_state(ops.node_device(step.node))
         else:
-            size = allocated_for_copy(step.node.meta["val"])
-        self.piece.make(self._variables.of[residual_key(step)], [size], [None])
+            kind, size = "before", allocated_for_copy(step.node.meta["val"])
+        self.piece.make(self._variables.of[kind, step.node], [size], [None])
         self.piece.tick(0)
 
     def step(self, node: Node, *, again: bool = False) -> None:
@@ -307,10 +307,3 @@ class Builder:
         else:
             piece.tuples[parent] = piece.count - 1
             piece.late.append((variable, parent, fact.index))
-
-
-def residual_key(residual: Step) -> Any:
-    """What `Variables` knows a step of forward as whose result is handed on."""
-    if isinstance(residual, State):
-        return "state", residual.node
-    return ("before", residual.node) if isinstance(residual, Before) else residual

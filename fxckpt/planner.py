@@ -49,7 +49,7 @@ class Planner:
             steps, so that equal graphs get equal plans.
 
     Attributes:
-        joint: The graph that plans are made for, see `lean`.
+        joint: The graph that plans are made for: the one that was given, as a rule made lean.
         memory: Of that graph.
         seconds: What each forward operation takes.
         eager_peak: Bytes that live at most in the step of the model as it is.
@@ -68,8 +68,8 @@ class Planner:
         self._given, self._costs = joint, costs
         self._eager = Memory(joint, workspaces=here, eager=True)
         self.eager_peak = self._eager.replay(self._eager.values).peak
-        self.joint = joint = lean(joint)
-        self.memory = Memory(joint, workspaces=here)
+        self.memory, self.is_lean = self._leaner(here)
+        self.joint = joint = self.memory.joint
         self.seconds = {n: costs.seconds(n) for n in joint.forward_nodes()}
         backward = sum(map(costs.seconds, joint.backward_nodes()))
         self._step_seconds = sum(self.seconds.values()) + backward
@@ -86,6 +86,22 @@ class Planner:
                 self._search.consider(decide(joint))
             except PolicyError:
                 continue  # it has no layers of this kind
+
+    def _leaner(self, here: bool) -> tuple[Memory, bool]:
+        """The memory of the graph made lean, unless it needs more, whether all is saved or nothing.
+
+        Where gradients are larger than activations, computing them first may cost more than it
+        frees.
+        """
+        memory = Memory(lean(self._given), workspaces=here)
+        peak = memory.replay(memory.values).peak
+        if peak <= self.eager_peak:
+            return memory, True
+        other = Memory(self._given, workspaces=here)
+        least, most = (other.replay(saved).peak for saved in ((), other.values))
+        if most < peak and least <= memory.replay(()).peak:
+            return other, False
+        return memory, True
 
     def strategy(self, decide: Callable[[Joint], Collection[Node]]) -> tuple[int, float]:
         """What a policy comes to by itself, with none of what plans do besides.
@@ -155,6 +171,7 @@ class Planner:
             bound,
             self._costs.device.name,
             fingerprint(self._given),
+            self.is_lean,
             _names(forward, choice.saved),
             _names(forward, choice.transient),
             _names(forward, replay.recomputed),
@@ -253,7 +270,7 @@ class AsPlanned:
         """The values to save."""
         if self._plan.is_for(joint):
             self._fits = True
-            return self._plan.choice(lean(joint))
+            return self._plan.choice(lean(joint) if self._plan.lean else joint)
         if not self._fits:
             raise PolicyError(
                 "rewrite(..., plan=...): the plan was made for another graph: for another model, "

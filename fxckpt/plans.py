@@ -65,6 +65,7 @@ class Plan:
         bound: Seconds that every plan within the budget takes at least.
         device: The name of the device whose speed is assumed.
         graph: The fingerprint of the graph that the plan is for.
+        lean: Whether what runs is that graph as `lean` makes it.
         saved: The values that are saved, in forward order.
         transient: Those that are let go in between, see `schedule`.
         recomputed: The operations that run again, likewise.
@@ -80,6 +81,7 @@ class Plan:
     bound: float
     device: str
     graph: str = dataclasses.field(repr=False)
+    lean: bool = dataclasses.field(repr=False)
     saved: tuple[str, ...] = dataclasses.field(repr=False)
     transient: tuple[str, ...] = dataclasses.field(repr=False)
     recomputed: tuple[str, ...] = dataclasses.field(repr=False)
@@ -153,7 +155,7 @@ class Plan:
         return self.graph == fingerprint(joint)
 
     def choice(self, joint: Joint) -> Choice:
-        """The decision on the graph that the plan is for, as `lean` makes it."""
+        """The decision on the graph that runs: see `lean`."""
         nodes = {n.name: n for n in joint.forward_nodes()}
         saved, transient = (
             frozenset(map(nodes.__getitem__, n)) for n in (self.saved, self.transient)

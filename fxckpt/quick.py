@@ -25,7 +25,7 @@ from torch.fx import Node
 from fxckpt.joint import producer, reachable
 from fxckpt.ledger import allocated
 from fxckpt.memory import Memory
-from fxckpt.pieces import Builder, Piece, Reuse, residual_key
+from fxckpt.pieces import Builder, Piece, Reuse
 from fxckpt.schedule import Before, Residual, State
 from fxckpt.variables import Variables
 
@@ -186,15 +186,16 @@ class _Forward:
             taken: What is kept: variables of backward.
         """
         variables, writes = self._variables, self._reinplacer.writes
-        residuals = [*map(variables.residual, taken)]
+        residuals = [variables.residuals[v] for v in taken]
+        sources = [variables.sources[v] for v in taken]
         whole = self._piece(residuals).copied()
-        kept = [variables.of[r] for r in residuals if isinstance(r, Node)]
+        kept = [v for v, r in zip(sources, residuals, strict=True) if isinstance(r, Node)]
         for v in (*self._outputs, *kept):
             whole.read[whole.assigned[v]] = _END
         given = self._given(whole)
         end, root = _settled(whole, set(range(len(writes))), self._slots(given))
         later = [variables.behind(n) for p, n in writes.items() if p not in given]
-        later += [variables.of[residual_key(r)] for r in residuals]
+        later += sources
         for slot in (whole.assigned[v] for v in later if v is not None):
             end[root.get(slot, slot)] = _END
         self._whole, self._root = whole, root
@@ -204,8 +205,7 @@ class _Forward:
 
     def handed(self, variable: int) -> tuple[int, int]:
         """The slot of what backward gets, and its bytes."""
-        residual = self._variables.residual(variable)
-        return self._place(self._variables.of[residual_key(residual)])
+        return self._place(self._variables.sources[variable])
 
     def _place(self, variable: int) -> tuple[int, int]:
         slot = self._whole.assigned[variable]
@@ -214,7 +214,7 @@ class _Forward:
 
     def _piece(self, residuals: list[Residual]) -> Piece:
         always = self._scheduler.always
-        values = [r for r in residuals if isinstance(r, Node)]
+        values = [r for r in residuals if isinstance(r, Node) and r not in always]
         more = frozenset(reachable(values, stop=always.__contains__) - always)
         key = (more, tuple(r for r in residuals if not isinstance(r, Node)))
         if key not in self._known:

@@ -31,21 +31,21 @@ from fxckpt import opaque, tree
 from fxckpt.arguments import Call
 from fxckpt.described import Description, describe, described
 from fxckpt.errors import CaptureError, FallbackWarning
-from fxckpt.installation import module_of, number_of, runner_of
+from fxckpt.installation import runner_of, with_id
 from fxckpt.places import stack_level_of_user
 
 
 def forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The forward of a rewritten module, as Dynamo traces it."""
     held = [*module.parameters(), *module.buffers()]
-    return _without_nothing(_call(number_of(module), held, _with_nothing((args, kwargs))))
+    return _without_nothing(_call(id(module), held, _with_nothing((args, kwargs))))
 
 
 @nonstrict_trace
 @torch.compiler.disable
 def _call(number: int, held: list[torch.Tensor], given: Any) -> Any:
     """What a graph of Dynamo runs; AOTAutograd traces through it."""
-    module = module_of(number)
+    module = with_id(number)
     args, kwargs = _without_nothing(given)
     call = Call.of(args, kwargs)
     if not any(map(_is_fake, (*held, *call.inputs))):  # by the backend "eager"

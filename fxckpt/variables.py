@@ -36,6 +36,8 @@ class Variables:
         width: For variables that are tuples, how many storages running them again makes.
         drops: For each variable, the set that is gone if it is let go.
         with_siblings: For each, the set of it and what comes out of the same tuple.
+        residuals: For each of backward, what forward hands on for it.
+        sources: Likewise the variable of forward that is.
     """
 
     def __init__(self, memory: Memory) -> None:
@@ -56,6 +58,7 @@ class Variables:
         self.named = {n: self._results(n) for n, fact in self.facts.items() if fact.runs}
         self.width = {self.of[n]: self._width(n) for n in self.named}
         self.drops, self.with_siblings = self._kin()
+        self.residuals, self.sources = self._handed_on()
 
     def _found(self) -> Iterator[Any]:
         scheduler = self.memory.scheduler
@@ -121,12 +124,22 @@ class Variables:
         """Some values as a set."""
         return sum(1 << self.of[node] for node in nodes)
 
-    def residual(self, variable: int) -> Residual:
-        """What forward hands on for a variable of backward."""
-        thing = self.things[variable]
-        if not isinstance(thing, Node):
-            return State(thing[1])
-        return Before(thing) if thing in self.memory.scheduler.written else thing
+    def _handed_on(self) -> tuple[list[Residual], list[int]]:
+        """What forward hands on for each variable of backward, and the variable of that."""
+        written = self.memory.scheduler.written
+        residuals: list[Residual] = []
+        sources = []
+        for v, thing in enumerate(self.things):
+            if not isinstance(thing, Node):
+                residuals.append(State(thing[1]))
+                sources.append(v)
+            elif thing in written:
+                residuals.append(Before(thing))
+                sources.append(self.of["before", thing])
+            else:
+                residuals.append(thing)
+                sources.append(v)
+        return residuals, sources
 
     def value(self, variable: int) -> Node | None:
         """The value that a variable is, if there is a choice about it."""

@@ -16,7 +16,8 @@ import torch
 from torch.fx import Node
 
 from fxckpt import kernels, ops
-from fxckpt.joint import storage_bytes
+from fxckpt.joint import Joint, storage_bytes
+from fxckpt.shapes import alike
 
 _native: Any = torch._C  # not all of it is declared
 
@@ -41,6 +42,26 @@ def oversized(node: Node) -> int | None:
         return None
     operands = torch.broadcast_shapes(*(value.meta["val"].shape for value in node.all_input_nodes))
     return operands.numel() * node.meta["val"].element_size()
+
+
+def copied_at_the_end(joint: Joint) -> int:
+    """Bytes that autograd takes to hand the gradients of a graph to parameters.
+
+    It keeps the very tensor if that is laid out like the parameter, and belongs to nobody else.
+    Else it makes a copy, one after the other.
+    """
+    pairs = [
+        (joint.primals[name].meta["val"], grads[-1])
+        for name, grads in joint.grads.items()
+        if grads and joint.primals[name].meta["kind"] != "input"
+    ]
+    kept: dict[int, int] = {}
+    again = 0
+    for _, grad in pairs:
+        again += kept.get(memory := grad.meta["val"].untyped_storage()._cdata, 0)
+        kept[memory] = _bytes(grad)
+    apart = [_bytes(grad) for primal, grad in pairs if not alike(primal, grad.meta["val"])]
+    return again + max(apart, default=0)
 
 
 def _convolution(node: Node) -> int:

@@ -68,3 +68,39 @@ def test_unwrapped_without_mixed_precision() -> None:
         model(x).sum().backward()
     fxckpt.graphs(net)
     assert_same([p.grad for p in net.parameters()], [p.grad for p in eager.parameters()])
+
+
+def stepped(steps: str, how: Any) -> list[list[torch.Tensor]]:
+    """Gradients of two calls after each step: prepared, unwrapped, rewritten, restored."""
+    forget_accelerator()
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    model, (x, _), found = encoder(2), next(iter(vectors())), []
+    for step in steps:
+        if step == "P":
+            model = accelerator.prepare(model)
+        elif step == "U":
+            model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        elif step == "R":
+            model = how(model) if how else model
+        elif how:
+            model = fxckpt.restore_(model)
+        for _ in range(2):
+            torch.manual_seed(1)
+            model.zero_grad()
+            model(x).float().sum().backward()
+            found.append([p.grad.clone() for p in model.parameters()])
+        if how and fxckpt.is_rewritten(model):
+            fxckpt.graphs(model)
+    return found
+
+
+@pytest.mark.parametrize("steps", ["PRUS", "PRSU", "RPSU", "RPRU", "PRUP"])
+@pytest.mark.parametrize("how", [fxckpt.rewrite, fxckpt.rewrite_])
+def test_every_order(steps: str, how: Any) -> None:
+    """The model is checkpointed where it is rewritten, in mixed precision where it is prepared."""
+
+    def install(model: nn.Module) -> nn.Module:
+        return how(model, "block", strict=True)
+
+    for ours, expected in zip(stepped(steps, install), stepped(steps, None), strict=True):
+        assert_same(ours, expected)

@@ -155,6 +155,7 @@ def without_workspaces() -> Iterator[None]:
     """The reference does not look into kernels."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ledger, "workspace", lambda node: 0)
+        patch.setattr(memory, "copied_at_the_end", lambda joint: 0)
         yield
 
 
@@ -216,6 +217,7 @@ REAL: dict[str, dict[str, Any]] = {
 def with_workspaces(monkeypatch: pytest.MonkeyPatch) -> None:
     """The allocator sees what kernels take."""
     monkeypatch.setattr(ledger, "workspace", workspace.workspace)
+    monkeypatch.setattr(memory, "copied_at_the_end", workspace.copied_at_the_end)
 
 
 def allocation_peak(case: Any, batch: Any) -> int:
@@ -325,6 +327,41 @@ def test_what_kernels_take_is_measured(name: str, with_workspaces: None) -> None
     joint = joint_of(new)
     planned = memory.Memory(joint, outputs_held=False).replay(resolve("everything")(joint)).peak
     assert planned == pytest.approx(peak, rel=0.002)
+
+
+class Parameters(nn.Module):
+    """Two parameters that are larger than what is computed with them."""
+
+    def __init__(self, forward: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.ones(256, 128)), nn.Parameter(torch.ones(256, 128))
+        self.function = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x).sum()
+
+
+DELIVERED: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "as they are": lambda m, x: (x @ m.a).tanh() + x @ m.b,
+    "transposed": lambda m, x: m.a.t().exp() @ x.t() + (x @ m.b).t(),
+    "to two parameters": lambda m, x: (x @ (m.a + m.b)).exp(),
+    "expanded": lambda m, x: (x @ m.a).exp().sum() + m.b.sum(),
+    "in parts": lambda m, x: x @ m.a + (x @ torch.cat([m.b[:128], m.b[128:] * 2])).exp(),
+    "of one product": lambda m, x: (x @ torch.cat([m.a, m.b], 1)).exp(),
+}
+
+
+@pytest.mark.parametrize("name", DELIVERED)
+def test_copies_of_gradients(name: str, with_workspaces: None) -> None:
+    """Autograd keeps a gradient, or a copy if its layout or owner is another one."""
+    model, x = Parameters(DELIVERED[name]), torch.ones(4, 256)
+    new = fxckpt.rewrite(model, budget=1.0, strict=True)
+    measured = []
+    for each in (new, new, model):
+        each.zero_grad()
+        measured.append(most_allocated(lambda each=each: each(x).backward()))
+    report = fxckpt.explain(new)
+    assert [report.peak, report.eager_peak] == pytest.approx(measured[1:], rel=0.01)
 
 
 # --- what a planner reads -------------------------------------------------------------------------
