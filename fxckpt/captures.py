@@ -275,7 +275,8 @@ class Captures:
         try:
             with reported("forward"):
                 general = self._tape(module, call, reads, dynamic=True)
-                if general.is_like(tape):
+                numbers = general.symbols
+                if general.is_like(tape) and numbers.hold(numbers.sizes):
                     return general
         except CaptureError as error:
             raise _OfOneSize(error) from error

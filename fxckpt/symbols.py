@@ -369,9 +369,11 @@ class Symbols:
 
     def _source(self, expression: Any) -> str:
         if expression not in self._known:
-            if any(a.is_Rational and not a.is_Integer for a in expression.atoms()):
+            source = self._printer.doprint(expression)
+            fractions = any(a.is_Rational and not a.is_Integer for a in expression.atoms())
+            if fractions or "torch." in source:
                 raise CaptureError(f"a size is computed in fractions ({expression})")
-            self._known[expression] = self._printer.doprint(expression)
+            self._known[expression] = source
         return self._known[expression]
 
 
