@@ -19,6 +19,7 @@ COLOURS = {
     "saved": "#0072B2",
     "recomputed": "#E69F00",
     "temporary": "#56B4E9",
+    "outside": "#F0E442",  # of what was captured, if that are blocks
 }
 BEFORE, LIMIT = "#000000", "#D55E00"  # the step as it is, and the budget
 KINDS = tuple(COLOURS)[1:]
@@ -121,11 +122,13 @@ class Account:
         allocated: The most that was allocated on the CUDA device so far; None on others.
         captures: How often the model was captured so far, if one capture is to serve many sizes
             (`rewrite(dynamic=True)`); else None.
-        before: The operations of the step as it is. Empty if the model runs in parts.
+        before: The operations of the step as it is. Empty if the model runs in parts; of blocks
+            within a budget, forward and backward of each, and what runs between them.
         after: Those of the step that is explained.
         at_peak: What lives at the peak, the largest first.
         rows: A row a value, in the order of forward.
         warnings: What one should know.
+        units: What is captured at once, and why.
     """
 
     title: str
@@ -148,6 +151,7 @@ class Account:
     at_peak: tuple[Holding, ...] = dataclasses.field(repr=False)
     rows: tuple[Row, ...] = dataclasses.field(repr=False)
     warnings: tuple[str, ...]
+    units: str = ""
 
     @property
     def peak(self) -> int | None:
@@ -177,6 +181,12 @@ class Account:
     def rewritten(self) -> bool:
         """Whether this is another step than the one as it is."""
         return self.how != AS_IT_IS
+
+    @property
+    def kinds(self) -> list[str]:
+        """Those of `KINDS` that matter here."""
+        there = any(m.kinds[-1] for m in (*self.before, *self.after))
+        return [kind for kind in KINDS if kind != "outside" or there]
 
     @property
     def shown_rows(self) -> list[Row]:

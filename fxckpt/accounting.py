@@ -106,7 +106,8 @@ def account_of(subject: Subject, about: Circumstances) -> Account:
 
 def _moments(replay: Replay, costs: Costs) -> tuple[Moment, ...]:
     kinds = replay.by_kind()
-    shares = zip(*(kinds[kind].tolist() for kind in KINDS), strict=True)
+    nothing = [0] * len(replay.moments)
+    shares = zip(*(kinds[k].tolist() if k in kinds else nothing for k in KINDS), strict=True)
     found: list[Moment] = []
     now, last = 0.0, None
     for (node, phase, live), each in zip(replay.moments, shares, strict=True):

@@ -24,16 +24,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxckpt import levels
+from fxckpt.arguments import Call
+from fxckpt.budgeting import Budgeting
 from fxckpt.capture import is_capturing
 from fxckpt.captures import Captures, Options
-from fxckpt.errors import FallbackWarning, FxckptError, PolicyError
+from fxckpt.errors import CaptureError, FallbackWarning, FxckptError, PolicyError
 from fxckpt.installation import exchange, installed, original_class, original_forward
 from fxckpt.kin import Kin
 from fxckpt.parts import CastOnce, Parts, has_forward, is_composed
 from fxckpt.places import Position, stack_level_of_user
+from fxckpt.planner import WithinBudget
 from fxckpt.runtime import Captured
 from fxckpt.selectors import is_below, listed
-from fxckpt.unit import Unit, run_traced, run_within
+from fxckpt.unit import Unit, is_traced, run_traced, run_within
 
 Units = str | Iterable[str] | None
 
@@ -46,6 +50,8 @@ class Blocks:
         options: What `rewrite` was called with.
         units: "blocks", or module paths (see `fxckpt.selectors`).
 
+        why: Why they are, if nobody asked for it.
+
     Raises:
         PolicyError: if there are no such blocks.
     """
@@ -53,11 +59,17 @@ class Blocks:
     passing = False  # on the module until it is restored
     failure = None  # that of the whole: there is none
 
-    def __init__(self, module: nn.Module, options: Options, units: Units) -> None:
-        self.options, self._units = options, units
+    def __init__(
+        self, module: nn.Module, options: Options, units: Units, why: str = "as asked"
+    ) -> None:
+        self.options, self._units, self._reason = options, units, why
         self._owner = weakref.ref(module)
         self.latest: Captured | None = None
         self.told: set[str] = set()  # what was warned of, for any block
+        decide = options.decide
+        self.budgeting = (
+            Budgeting(decide, options.cache_size) if isinstance(decide, WithinBudget) else None
+        )
         self.parts = self._found(module)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -68,8 +80,16 @@ class Blocks:
             return run_traced(module, args, kwargs)
         if self._structure != _structure(self._containers):
             self.parts = self._found(module)
-        with self.parts.in_place():
-            return original_forward(module)(*args, **kwargs)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with self.parts.in_place():
+                return original_forward(module)(*args, **kwargs)
+
+        budgeting = self.budgeting
+        if budgeting is None or budgeting.is_running or is_traced(module) or levels.is_active():
+            return forward(*args, **kwargs)
+        with budgeting.planned(module, forward, args, kwargs):
+            return forward(*args, **kwargs)
 
     @property
     def called(self) -> bool:
@@ -94,7 +114,11 @@ class Blocks:
         """Raises the `CaptureError` for which the latest run was eager, no block captured."""
         units = [unit for _, unit in self.parts.runners()]
         if not any(unit.latest for unit in units):
-            raise next(unit.failure for unit in units if unit.failure is not None)
+            failures = (unit.failure for unit in units if unit.failure is not None)
+            raise next(failures, None) or CaptureError(
+                "no block was called, or nothing in one has a gradient",
+                hint='Name those that run, units=["encoder.*"], or take units="model".',
+            )
 
     def captured(self) -> list[tuple[str, Captured]]:
         """What ran in the latest step, and where, see `Unit.captured`."""
@@ -111,7 +135,12 @@ class Blocks:
 
     def for_copy(self, module: nn.Module) -> Blocks:
         """A new runner with the same options."""
-        return Blocks(module, self.options, self._units)
+        return Blocks(module, self.options, self._units, self._reason)
+
+    @property
+    def why(self) -> str:
+        """What is captured at once, and why."""
+        return f"{len(self.parts.runners())} blocks, {self._reason}"
 
     def __deepcopy__(self, _: Any) -> Blocks:
         return self  # until `for_module` sees that its module is a copy
@@ -144,6 +173,7 @@ class Undecided:
 
     passing = False  # on the module until it is restored
     latest = failure = None
+    why = ""
     called = False  # in training; then it is decided
 
     def __init__(self, options: Options, whole: bool) -> None:
@@ -192,15 +222,22 @@ class Undecided:
         return self
 
     def _decided(self, module: nn.Module) -> Unit | Blocks:
-        if not self._whole and (_is_distributed(module) or _repeats_often(module)):
+        if not self._whole and (why := _why_blocks(module)):
             with contextlib.suppress(PolicyError):
-                runner = Blocks(module, self.options, "blocks")
+                runner = Blocks(module, self.options, "blocks", why)
                 exchange(module, runner)
                 return runner
         return self._as_one(module)
 
 
 _OFTEN = 32
+
+
+def _why_blocks(module: nn.Module) -> str:
+    """Why blocks are the better units; nothing if they are not."""
+    if _is_distributed(module):
+        return "as other processes wait for gradients"
+    return f"as at least {_OFTEN} are alike" if _repeats_often(module) else ""
 
 
 def _repeats_often(module: nn.Module) -> bool:
@@ -248,6 +285,14 @@ class Block(Unit):
             return original_forward(module)(*args, **kwargs)
         result = super().__call__(module, args, kwargs)
         whole.latest = self.latest or whole.latest
+        return result
+
+    def _run(self, found: Captured, call: Call) -> Any:
+        """Runs what was captured, or what a budget makes of it."""
+        whole = self._whole()
+        if whole is None or whole.budgeting is None:
+            return super()._run(found, call)
+        self.latest, result = whole.budgeting.run(self._path, found, call)
         return result
 
     def for_module(self, _: nn.Module) -> Block:

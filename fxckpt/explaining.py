@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxckpt import policies
+from fxckpt import composed, policies
 from fxckpt.account import AS_IT_IS, Account, Input, Row
 from fxckpt.accounting import Circumstances, Subject, account_of
 from fxckpt.arguments import Call
@@ -101,6 +101,8 @@ def explain(
         device,
     )
     account = _of_parts(subjects, about, why) if why else account_of(subjects[0][1], about)
+    if installed(runs) is not None and not given:
+        account = _with_units(account, runner_of(runs))
     history = _history(module, account)
     account = dataclasses.replace(account, allocated=_allocated(module), **history)
     if measure:
@@ -228,10 +230,10 @@ def _require_training(module: nn.Module) -> None:
 
 def _of_parts(subjects: Sequence[tuple[str, Subject]], about: Circumstances, why: str) -> Account:
     """Parts of a model: what they save is there at once, and the peak of all is not known."""
-    known: dict[int, Account] = {}  # blocks that look the same share a graph
+    known: dict[tuple[int, int], Account] = {}  # blocks that look the same share these
     accounts = []
     for path, subject in subjects:
-        key = id(subject.joint)
+        key = id(subject.joint), id(subject.choice)
         if key not in known:
             known[key] = account_of(subject, about)
         accounts.append((known[key], _moved(known[key].rows, subject.joint.position.path, path)))
@@ -250,6 +252,25 @@ def _of_parts(subjects: Sequence[tuple[str, Subject]], about: Circumstances, why
         at_peak=(),
         rows=tuple(row for _, rows in accounts for row in rows),
         warnings=(f"the figures are about parts: {why}",),
+    )
+
+
+def _with_units(account: Account, runner: Any) -> Account:
+    """The same, with what is known of the step as a whole if a budget is planned over blocks."""
+    account = dataclasses.replace(account, units=runner.why)
+    plan = runner.budgeting.latest if isinstance(runner, Blocks) and runner.budgeting else None
+    if plan is None:
+        return account
+    return dataclasses.replace(
+        account,
+        how=f"budget {readable(plan.budget)}",
+        budget=plan.budget,
+        bound=plan.bound,
+        seconds=plan.seconds,
+        before=composed.before(plan),
+        after=composed.after(plan),
+        at_peak=composed.at_peak(plan),
+        warnings=("values and times are those of blocks; what lies outside of them was measured",),
     )
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -26,8 +26,8 @@ from fxckpt.arguments import Call
 from fxckpt.capture import without_cycle
 from fxckpt.installation import original_class, original_forward
 from fxckpt.runtime import Captured
-from fxckpt.state import Slot, held_tensors
-from fxckpt.watch import Watch
+from fxckpt.state import Held, Slot, held_tensors
+from fxckpt.watch import Alike, Watch
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class _Known:
     """What was captured, for modules in which these attributes lead to this description."""
 
     captured: Captured
-    reads: list[tuple[int, str]]
+    alike: Alike
     description: Hashable
     named: list[Any]  # objects that the description names by their `id`
 
@@ -68,7 +68,7 @@ class Kin:
         description, named = watch.described()
         key = original_class(type(module)), signature
         before = [k for k in self._known.pop(key, ()) if _is_valid(k.captured)]
-        known = _Known(captured, watch.reads(), description, named)
+        known = _Known(captured, watch.alike(), description, named)
         self._known[key] = [*before, known][-self._most :]
         while len(self._known) > self._most:
             self._known.popitem(last=False)
@@ -77,7 +77,7 @@ class Kin:
         """Lets a module be watched as those of its class are, before its state is looked at."""
         for (cls, _), known in self._known.items():
             if cls is original_class(type(module)):
-                _watch_as(module, watch, known[-1])
+                watch.add_as(known[-1].alike)
 
     def find(
         self, module: nn.Module, watch: Watch, call: Call, signature: Hashable
@@ -85,11 +85,12 @@ class Kin:
         """What was captured of a module that looks the same, with this module's tensors."""
         candidates = self._known.get((original_class(type(module)), signature), [])
         candidates = [k for k in candidates if _is_valid(k.captured)]
-        if not candidates or _shares_memory(module, call):
+        held = [*held_tensors(module).values()] if candidates else []
+        if not candidates or _share_memory(held, call):
             return None
         for known in candidates:
-            _watch_as(module, watch, known)
-            sources = _sources(known.captured, module)
+            watch.add_as(known.alike)
+            sources = _sources(known.captured, module, held)
             if sources is None or watch.described()[0] != known.description:
                 continue
             alike = known.captured.rebound(module, forward_of(module), watch.state, sources)
@@ -110,11 +111,6 @@ def forward_of(module: nn.Module) -> Callable[..., Any]:
     return forward
 
 
-def _watch_as(module: nn.Module, watch: Watch, known: _Known) -> None:
-    modules = [*module.modules()]
-    watch.add({(id(modules[i]), name) for i, name in known.reads if i < len(modules)})
-
-
 def _is_valid(captured: Captured) -> bool:
     return captured.standing.is_good
 
@@ -122,19 +118,21 @@ def _is_valid(captured: Captured) -> bool:
 def _is_bound_to(captured: Captured, module: nn.Module, call: Call) -> bool:
     tape = captured.tape
     elsewhere = any(p.kind == "constant" for p in tape.primals)
-    return bool(tape.assigned or tape.prepared or elsewhere or _shares_memory(module, call))
+    held = [*held_tensors(module).values()]
+    return bool(tape.assigned or tape.prepared or elsewhere or _share_memory(held, call))
 
 
-def _shares_memory(module: nn.Module, call: Call) -> bool:
-    """Whether tensors of the module share memory with one another, or with arguments."""
-    held = [h.tensor for h in held_tensors(module).values()]
-    memory = {t.untyped_storage()._cdata for t in held}
+def _share_memory(held: Sequence[Held], call: Call) -> bool:
+    """Whether tensors of a module share memory with one another, or with arguments."""
+    memory = {h.tensor.untyped_storage()._cdata for h in held}
     return len(memory) < len(held) or any(t.untyped_storage()._cdata in memory for t in call.inputs)
 
 
-def _sources(captured: Captured, module: nn.Module) -> Mapping[str, Slot] | None:
+def _sources(
+    captured: Captured, module: nn.Module, tensors: Sequence[Held]
+) -> Mapping[str, Slot] | None:
     """Where the primals are at a call of another module; None if it has none of that name."""
-    held = {h.name: h.slots[0] for h in held_tensors(module).values()}
+    held = {h.name: h.slots[0] for h in tensors}
     found: dict[str, Slot] = {}
     for primal in captured.tape.primals:
         if primal.kind in ("input", "literal"):

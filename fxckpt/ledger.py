@@ -238,6 +238,12 @@ class Ledger:
             self.place(step, allocated_for_copy(step.node.meta["val"]))
         self.notable.append((self.now, step.node, 0))
 
+    def elsewhere(self, size: int) -> None:
+        """Notes that something else takes bytes for a while, after the latest operation."""
+        self.now += 1
+        *_, (_, latest, _) = self.notable
+        self.notable.append((self.now, latest, size))
+
     def live(self) -> list[int]:
         """The bytes that live at each time, results of the step included."""
         return self._summed(zip(self.sizes, self._born, self._read, strict=True))

@@ -35,7 +35,9 @@ def markdown(account: Account) -> str:
         _github(figures(account), ["", *names]),
     ]
     if account.after:
-        rows = [[kind, *(share(s[kind], sum(s.values())) for s in splits)] for kind in KINDS]
+        rows = [
+            [kind, *(share(s[kind], sum(s.values())) for s in splits)] for kind in account.kinds
+        ]
         where = [
             f"- {n}: {place_of(highest(m))}" for n, m in zip(names, both(account), strict=False)
         ]
@@ -156,7 +158,7 @@ def picture(account: Account) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{_SVG_WIDTH + _LABELS}" '
         f'height="{_SVG_HEIGHT + _LEGEND}" font-family="sans-serif" font-size="12">'
-        f"{_legend()}{''.join(parts)}</svg>"
+        f"{_legend(account.kinds)}{''.join(parts)}</svg>"
     )
 
 
@@ -169,13 +171,13 @@ def _apart(sizes: dict[str, int | None], distance: float) -> list[tuple[str, int
     return found
 
 
-def _legend() -> str:
+def _legend(kinds: Sequence[str]) -> str:
     parts = []
-    for i, kind in enumerate(KINDS):
+    for i, kind in enumerate(kinds):
         x = 105 * i
         parts.append(f'<rect x="{x}" y="4" width="12" height="12" fill="{COLOURS[kind]}"/>')
         parts.append(f'<text x="{x + 16}" y="14">{kind}</text>')
-    x = 105 * len(KINDS)
+    x = 105 * len(kinds)
     parts.append(
         f'<path d="M{x} 10h14" stroke="{BEFORE}"/><text x="{x + 18}" y="14">as it is</text>'
     )

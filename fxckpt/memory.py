@@ -32,7 +32,7 @@ from fxckpt import ops
 from fxckpt.joint import Joint, is_value
 from fxckpt.ledger import Fact, Ledger, allocated, allocated_for_result, allocated_for_state
 from fxckpt.reinplace import Reinplacer, Reuse
-from fxckpt.replay import Replay
+from fxckpt.replay import Needs, Replay
 from fxckpt.schedule import Schedule, Scheduler, read_before_written
 from fxckpt.workspace import copied_at_the_end
 
@@ -79,6 +79,8 @@ class Memory:
         workspaces: Whether to count what kernels take besides; not if the step is to run on
             another device than the graph is on.
         eager: Whether results are made in new memory, as eager does (see `reinplace`).
+        between: Bytes that something else needs between forward and backward, such as blocks that
+            come later; while it runs, there is what forward hands to backward besides.
     """
 
     def __init__(
@@ -88,8 +90,10 @@ class Memory:
         outputs_held: bool = True,
         workspaces: bool = True,
         eager: bool = False,
+        between: int = 0,
     ) -> None:
-        self.joint, self.outputs_held = joint, outputs_held
+        self.joint, self.outputs_held, self.between = joint, outputs_held, between
+        self._eager = eager
         self.scheduler = Scheduler(joint)
         self.reinplacer = Reinplacer(self.scheduler, eager=eager)
         nodes = [*joint.forward_nodes(), *joint.backward_nodes()]
@@ -117,18 +121,36 @@ class Memory:
         needless = self.reinplacer.needless(bare)
         self.replaced = dict(self._replaced(bare, needless.forward))
         self.replaceable = dict(self._replaceable(bare, needless.backward))
-        self.fixed = self._replay(bare)
+        self.fixed = self._replay(bare, outputs_held)
         self.fixed_before = self.fixed.before_backward()
 
     def replay(self, saved: Collection[Node]) -> Replay:
         """Counts what lives at every moment if `saved` is kept (see `split.split`)."""
-        return self._replay(self.scheduler.schedule(saved))
+        return self._replay(self.scheduler.schedule(saved), self.outputs_held)
 
-    def _replay(self, schedule: Schedule) -> Replay:
+    def needs(self, saved: Collection[Node]) -> Needs:
+        """What a decision comes to in a larger step, which counts what goes in and out itself."""
+        schedule = self.scheduler.schedule(saved)
+        # What arrives is held by autograd for our functions, and by nobody in the step as it is.
+        held, alone = (self._replay(schedule, h, not self._eager) for h in (True, False))
+        around = int(held.by_kind()["outputs"].max(initial=0))  # outputs, and what arrives
+        arrive = sum(allocated(node.meta["val"]) for node in self.joint.cotangents)
+        return Needs(
+            *held.kept_apart(),
+            held.forward_peak,
+            held.backward_peak - around,
+            alone.backward_peak - arrive,
+        )
+
+    def _replay(
+        self, schedule: Schedule, outputs_held: bool, cotangents_held: bool = True
+    ) -> Replay:
         scheduler, needless = self.scheduler, self.reinplacer.needless(schedule)
         ledger = Ledger(self.facts, schedule.states)
         held = [s for node, size in self.held_by_call for s in ledger.make(node, [size])]
         ledger.run(schedule.forward, scheduler.reads, needless.forward)
+        if self.between:
+            ledger.elsewhere(self.between)
         ledger.now += 1  # backward starts
         boundary = ledger.now
         outputs, residuals = ledger.of(self.joint.outputs), ledger.of(schedule.residuals)
@@ -139,10 +161,10 @@ class Memory:
         given = ledger.of(self.joint.cotangents)
         pure = self.reinplacer.pure_again
         ledger.run(schedule.backward, scheduler.reads_again, needless.backward, pure)
-        if self.outputs_held:
+        if outputs_held:
             ledger.keep(outputs)
         gradients = ledger.of(scheduler.wanted)
-        ledger.keep({*given, *gradients})
+        ledger.keep({*given, *gradients} if cotangents_held else gradients)
         saved = sum(ledger.sizes[s] for s in residuals)
         again = tuple(n for n in schedule.recomputed if self.facts[n].runs)
         kinds = {

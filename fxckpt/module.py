@@ -57,7 +57,8 @@ def rewrite(
             "500MB"), or a fraction (float, at most 1) of what the step of `model` itself holds. The
             fastest plan that is found to fit is used. What happens outside of `model` (a loss
             computed from its output, gradients that are accumulated) is not part of it, and nothing
-            is promised for a model that falls back to eager.
+            is promised for a model that falls back to eager. With blocks as units, the first call
+            of each signature runs the step two times more, to measure what lies outside of them.
         plan: Instead of a policy or a budget: what `fxckpt.plan` returned or `Plan.load` read, for
             the first call. Calls with other shapes get plans of their own, for the same budget.
         save: Selectors of values to save: module-path globs, module classes, operations.
@@ -161,10 +162,15 @@ def rewrite_(
             "decides alone; leave out policy=, save= and recompute="
         )
     nests = budget is None and plan is None  # a plan is one for the whole
-    if units not in (None, "model") and not nests:
+    if units not in (None, "model") and plan is not None:
+        raise PolicyError(
+            f"rewrite(..., plan=..., units={units!r}): a plan is for the model as one unit. Leave "
+            f"out units=, or give budget={plan.budget}"
+        )
+    if units not in (None, "model") and budget is not None and dynamic:
         raise BudgetError(
-            f"rewrite(..., units={units!r}): a budget and a plan are for the model as one unit. "
-            'Leave out units=, or give a policy such as "block"'
+            f"rewrite(..., budget={budget!r}, units={units!r}, dynamic=True): the step is measured "
+            "for each size. Leave out dynamic=True"
         )
     _require_combinable(dynamic=dynamic, compile=compile)
     if is_rewritten(model):

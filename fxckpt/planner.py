@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ AnyDevice = Device | torch.device | str | None
 _SECONDS_OF_REPLAY = 2e-6  # for each node of a graph, about
 _SECONDS_OF_EXACT = 0.75  # for each exact solution, about
 _PLANS_KEPT = 32  # for reports
+_PARTS = 32  # see `Search.front`
 _SHARE, _SHARE_OF_EXACT = 0.05, 0.2  # of the seconds for planning: replays, exact solutions
 
 
@@ -47,12 +48,14 @@ class Planner:
         profile: Whether to time each distinct operation there instead.
         seconds: What planning for one budget may take, about. It is translated into a number of
             steps, so that equal graphs get equal plans.
+        between: See `Memory`.
 
     Attributes:
         joint: The graph that plans are made for: the one that was given, as a rule made lean.
         memory: Of that graph.
         seconds: What each forward operation takes.
         eager_peak: Bytes that live at most in the step of the model as it is.
+        step_seconds: What forward and backward take if nothing runs again.
     """
 
     def __init__(
@@ -62,17 +65,18 @@ class Planner:
         device: AnyDevice = None,
         profile: bool = False,
         seconds: float = 10.0,
+        between: int = 0,
     ) -> None:
         costs = costs_of(joint, device, profile)
         here = are_here(costs, joint)
         self._given, self._costs = joint, costs
         self._eager = Memory(joint, workspaces=here, eager=True)
         self.eager_peak = self._eager.replay(self._eager.values).peak
-        self.memory, self.is_lean = self._leaner(here)
+        self.memory, self.is_lean = self._leaner(here, between)
         self.joint = joint = self.memory.joint
         self.seconds = {n: costs.seconds(n) for n in joint.forward_nodes()}
         backward = sum(map(costs.seconds, joint.backward_nodes()))
-        self._step_seconds = sum(self.seconds.values()) + backward
+        self.step_seconds = sum(self.seconds.values()) + backward
         one = _SECONDS_OF_REPLAY * max(len(joint.graph.nodes), 200)
         replays, exact = (
             max(int(_SHARE * seconds / one), 50),
@@ -87,18 +91,21 @@ class Planner:
             except PolicyError:
                 continue  # it has no layers of this kind
 
-    def _leaner(self, here: bool) -> tuple[Memory, bool]:
-        """The memory of the graph made lean, if that needs no more where all is saved.
+    def _leaner(self, here: bool, between: int) -> tuple[Memory, bool]:
+        """The memory of the graph made lean, unless it needs more, whether all is saved or nothing.
 
         Where gradients are larger than activations, computing them first may cost more than it
         frees.
         """
-        memory = Memory(lean(self._given), workspaces=here)
+        memory = Memory(lean(self._given), workspaces=here, between=between)
         peak = memory.replay(memory.values).peak
         if peak <= self.eager_peak:
             return memory, True
-        other = Memory(self._given, workspaces=here)
-        return (other, False) if other.replay(other.values).peak < peak else (memory, True)
+        other = Memory(self._given, workspaces=here, between=between)
+        least, most = (other.replay(saved).peak for saved in ((), other.values))
+        if most < peak and least <= memory.replay(()).peak:
+            return other, False
+        return memory, True
 
     def strategy(self, decide: Callable[[Joint], Collection[Node]]) -> tuple[int, float]:
         """What a policy comes to by itself, with none of what plans do besides.
@@ -124,7 +131,7 @@ class Planner:
 
     def peers(self) -> dict[str, tuple[int, float]]:
         """What these come to: bytes at the peak, and what runs again, of the step."""
-        step = self._step_seconds
+        step = self.step_seconds
         return {n: (u.peak, u.seconds / step if step else 0.0) for n, u in self.usual().items()}
 
     def plan(self, budget: int) -> Plan:
@@ -153,6 +160,18 @@ class Planner:
             self._search.look(budget)
         return [self._plan(b, f) for b in budgets if (f := self._search.best(b)) is not None]
 
+    def choices(self, points: int) -> Iterator[tuple[Choice, float]]:
+        """Decisions from the one that needs least to saving all, and what runs again, in seconds.
+
+        Args:
+            points: For how many budgets to look.
+        """
+        low, high = self._search.least.peak, self._everything.peak
+        for i in range(points):
+            self._search.look(low + (high - low) * i // points)
+        for found in self._search.front(_PARTS):
+            yield self._search.choice(found.decision), found.seconds
+
     def _plan(self, budget: int, found: Found) -> Plan:
         choice = self._search.choice(found.decision)
         replay = self.memory.replay(choice)
@@ -164,7 +183,7 @@ class Planner:
             found.peak,
             self.eager_peak,
             found.seconds,
-            self._step_seconds,
+            self.step_seconds,
             bound,
             self._costs.device.name,
             fingerprint(self._given),
@@ -206,15 +225,15 @@ class WithinBudget:
     """
 
     def __init__(self, budget: Any, seconds: float, *, profile: bool = False) -> None:
-        self._bytes_of, self._seconds, self._profile = parse_budget(budget), seconds, profile
+        self.bytes_of, self.seconds, self.profile = parse_budget(budget), seconds, profile
         self._plans: OrderedDict[str, Plan] = OrderedDict()  # the latest, by graph
 
     def __call__(self, joint: Joint) -> Choice:
         """The values to save."""
         if joint.position != ROOT:
             return Choice(frozenset())
-        planner, count = Planner(joint, profile=self._profile, seconds=self._seconds), samples()
-        plan = planner.plan(self._bytes_of(count * planner.eager_peak) // count)
+        planner, count = Planner(joint, profile=self.profile, seconds=self.seconds), samples()
+        plan = planner.plan(self.bytes_of(count * planner.eager_peak) // count)
         self._plans[plan.graph] = plan
         if len(self._plans) > _PLANS_KEPT:
             self._plans.popitem(last=False)
@@ -233,7 +252,7 @@ class WithinBudget:
         costs = costs_of(joint)
         here = are_here(costs, joint)
         eager = Memory(joint, workspaces=here, eager=True)
-        budget = self._bytes_of(eager.replay(eager.values).peak)
+        budget = self.bytes_of(eager.replay(eager.values).peak)
         memory = Memory(lean(joint), workspaces=here)
         everything = Choice(frozenset(memory.values), joint=memory.joint)
         fitting: list[tuple[float, int, Choice]] = []

@@ -21,6 +21,7 @@ _LABELS = {
     "saved": "saved for backward",
     "recomputed": "computed again",
     "temporary": "temporary",
+    "outside": "outside of the blocks",
 }
 _ABOVE = 1.15  # of the axis, for what is written there
 _NEAR = 0.08  # of the axis, below which labels of two points would lie on each other

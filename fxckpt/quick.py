@@ -200,7 +200,12 @@ class _Forward:
             end[root.get(slot, slot)] = _END
         self._whole, self._root = whole, root
         self.outputs = dict(map(self._place, self._outputs)) if self._memory.outputs_held else {}
-        self.phase = _phase(whole, end, sum(b for _, b in self._memory.held_by_call))
+        besides = sum(b for _, b in self._memory.held_by_call)
+        self.phase = _phase(whole, end, besides)
+        if self._memory.between:
+            waiting = sum(size for size, e in zip(whole.size, end, strict=True) if e == _END)
+            most = waiting + besides + self._memory.between
+            self.phase = dataclasses.replace(self.phase, live=np.append(self.phase.live, most))
         return self
 
     def handed(self, variable: int) -> tuple[int, int]:

@@ -49,6 +49,8 @@ def circumstances(account: Account) -> list[str]:
         f"Times by the rates of {account.device}. Parameters and buffers of "
         f"{readable(account.parameters)} are there before the step, and not in the figures."
     ]
+    if account.units:
+        lines.append(f"Units: {account.units}.")
     if account.device != account.placed:
         lines.append(other_kernels(account.placed, account.device))
     if account.allocated is not None:

@@ -33,6 +33,26 @@ class Moment(NamedTuple):
     live: int
 
 
+class Needs(NamedTuple):
+    """Bytes that forward and backward need as a part of a larger step.
+
+    Gradients that arrive are those of somebody else.
+
+    Attributes:
+        kept: Between forward and backward, but for outputs.
+        outputs_kept: Outputs that backward reads.
+        forward: The most while forward runs, outputs included.
+        backward: The most while backward runs, if somebody else holds the outputs.
+        backward_alone: Likewise if nobody does.
+    """
+
+    kept: int
+    outputs_kept: int
+    forward: int
+    backward: int
+    backward_alone: int
+
+
 class Replay:
     """What a decision does to memory.
 
@@ -85,12 +105,17 @@ class Replay:
     @property
     def forward_peak(self) -> int:
         """The most that lives at any moment of forward."""
-        return max((m.live for m in self.moments if m.phase == "forward"), default=0)
+        return int(self.live[: self._first_of_backward].max(initial=0))
 
     @property
     def backward_peak(self) -> int:
         """The most that lives at any moment of backward, recomputation included."""
-        return max((m.live for m in self.moments if m.phase != "forward"), default=0)
+        return int(self.live[self._first_of_backward :].max(initial=0))
+
+    @property
+    def _first_of_backward(self) -> int:
+        """The first of `moments` that is not of forward."""
+        return bisect_left(self._ledger.notable, self._boundary, key=lambda entry: entry[0])
 
     def lives(self) -> Iterator[tuple[Node, int, int]]:
         """Where values that are kept or computed again live in backward.
@@ -122,6 +147,12 @@ class Replay:
         time, *_ = self._ledger.notable[int(self.live.argmax())]
         alive = ((node, size) for _, node, size in self._ledger.alive(time))
         return sorted(alive, key=lambda entry: entry[1], reverse=True)
+
+    def kept_apart(self) -> tuple[int, int]:
+        """Bytes that are kept for backward and are no outputs, and those of outputs that are."""
+        sizes, given = self._ledger.sizes, self._given_kinds
+        both = {*given["saved"]} & {*given["outputs"]}
+        return sum(sizes[s] for s in self._storages["saved"]), sum(sizes[s] for s in both)
 
     # -- for reports
 

@@ -204,6 +204,19 @@ class Captured:
         new._sources, new._slots, new.confirmed = sources, {}, True  # with the first of them
         return new
 
+    def deciding(self, decide: Decide, programs: dict[BackwardKey, Program]) -> Captured:
+        """The same with another decision for the backward that is expected now.
+
+        Args:
+            decide: As for a new one; it may refuse any other backward by a `BudgetError`.
+            programs: What is compiled for this decision, by whoever runs it.
+        """
+        new = copy.copy(self)
+        new._decide, new._programs, new._slots, new._fitting = decide, programs, {}, {}
+        for cached in ("saves_memory", "pure"):
+            new.__dict__.pop(cached, None)
+        return new
+
     @property
     def differentiable(self) -> bool:
         """Whether any result can get a gradient; if not, there is nothing to keep."""
@@ -287,8 +300,14 @@ class Captured:
         """What the symbols are in a call."""
         return sizes_of(inputs) if self.tape.symbols.count else ()
 
-    def __call__(self, arguments: Call) -> Any:
+    def __call__(
+        self, arguments: Call, on_node: Callable[[torch.autograd.graph.Node], None] | None = None
+    ) -> Any:
         """Runs forward on the arguments; returns what the callable returns.
+
+        Args:
+            arguments: Of the call.
+            on_node: Gets the node of autograd that will run backward.
 
         Raises:
             Misfit: see `first_run`; nothing has happened then.
@@ -317,6 +336,8 @@ class Captured:
         def run() -> tuple[torch.Tensor, ...]:
             outputs: tuple[torch.Tensor, ...] = _Function.apply(call, *primals, *extra)
             call.before = {i: call.before[i] for i in program.fragile}
+            if on_node is not None:
+                on_node(next(t.grad_fn for t in outputs if t.grad_fn is not None))
             return outputs
 
         try:

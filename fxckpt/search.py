@@ -61,6 +61,7 @@ class Found:
     seconds: float  # of what runs again
     live: NDArray[np.int64]  # bytes at every moment
     kept: int  # those at the end of forward
+    backward: int  # the most in backward
 
 
 class Search:
@@ -104,6 +105,26 @@ class Search:
         """The fastest that is known to fit; of those, the one that needs least."""
         fitting = (f for f in self._pool.values() if f.peak <= budget)
         return min(fitting, key=lambda f: (f.seconds, f.peak), default=None)
+
+    def front(self, parts: int) -> list[Found]:
+        """The known decisions of which none other keeps less, needs less and is as fast, too.
+
+        Args:
+            parts: How finely bytes are told apart: into so many parts of the most.
+        """
+        unit = max(f.backward for f in self._pool.values()) / parts or 1.0
+
+        def rounded(found: Found) -> tuple[float, int, int]:
+            return found.seconds, round(found.kept / unit), round(found.backward / unit)
+
+        front: list[tuple[int, int]] = []
+        found = []
+        for each in sorted(self._pool.values(), key=lambda f: (rounded(f), f.kept, f.backward)):
+            _, saved, backward = rounded(each)
+            if not any(s <= saved and b <= backward for s, b in front):
+                front.append((saved, backward))
+                found.append(each)
+        return found
 
     def consider(self, saved: Iterable[Node]) -> Found:
         """Adds a decision to those that are known."""
@@ -264,7 +285,8 @@ class Search:
         if key not in self._pool:
             count = self._count(decision)
             kept = int(count.live[count.ahead - 1]) if count.ahead else 0
-            self._pool[key] = Found(decision, count.peak, count.seconds, count.live, kept)
+            back = int(count.live[count.ahead :].max(initial=0))
+            self._pool[key] = Found(decision, count.peak, count.seconds, count.live, kept, back)
         return self._pool[key]
 
     def _count(self, decision: Decision) -> Count:

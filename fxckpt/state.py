@@ -178,6 +178,17 @@ def exchanged(held: Iterable[Held], stand_ins: dict[int, torch.Tensor]) -> Itera
             container[key] = tensor
 
 
+@contextlib.contextmanager
+def restored(module: nn.Module) -> Iterator[None]:
+    """Makes a module refer to the same objects afterwards, whatever was assigned meanwhile."""
+    contents = [(m, _Contents(m)) for m in module.modules()]
+    try:
+        yield
+    finally:
+        for m, then in contents:
+            then.restore(m)
+
+
 class _Contents:
     """All that a module refers to, at one moment."""
 

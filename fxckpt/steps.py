@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import random
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
-from torch.autograd.profiler import profile
 
 from fxckpt import ops, tree
+from fxckpt.meter import metered
 
 _WARM_UP = 2  # a first call keeps more, and the second one is confirmed
 
@@ -31,33 +33,43 @@ def devices(model: nn.Module) -> list[torch.device]:
 
 
 @contextlib.contextmanager
+def same_random_states(model: nn.Module) -> Iterator[None]:
+    """Restores the states of all random generators afterwards."""
+    states = [(ops.generator(d), ops.generator(d).get_state()) for d in devices(model)]
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+@contextlib.contextmanager
 def undone(model: nn.Module) -> Iterator[None]:
     """Restores gradients, buffers and random states afterwards."""
     grads = [(p, p.grad) for p in model.parameters()]
     buffers = [(b, b.clone()) for b in model.buffers()]
-    states = [(ops.generator(d), ops.generator(d).get_state()) for d in devices(model)]
     for p, _ in grads:
         p.grad = None
     try:
-        yield
+        with same_random_states(model):
+            yield
     finally:
         for p, grad in grads:
             p.grad = grad
         with torch.no_grad():
             for b, contents in buffers:
                 b.copy_(contents)
-        for generator, state in states:
-            generator.set_state(state)
 
 
 def measured_peak(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """The most bytes that a step allocates above what is there before it, by running three.
 
-    On CUDA by the statistics of the allocator, which are reset; on the CPU by the allocation events
-    of the profiler (see docs/measuring-memory.md). The model is left as it was.
+    See `meter`. The model is left as it was.
     """
     (device, *_) = (*(t.device for t in model.parameters()), torch.device("cpu"))
-    measure = _most_on_cuda if device.type == "cuda" else _most_on_cpu
     with undone(model):
         inputs, spec = tree.flatten((args, kwargs), open_objects=True)
         fresh = [t.detach().clone().requires_grad_(t.requires_grad) for t in inputs]
@@ -71,30 +83,12 @@ def measured_peak(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         for _ in range(_WARM_UP):
             step()
             _without_gradients(model, fresh)
-        peak = measure(step, device)
+        with metered(device) as meter:
+            step()
         _without_gradients(model, fresh)
-    return peak
+    return max(span.peak for span in meter.spans)
 
 
 def _without_gradients(model: nn.Module, inputs: list[torch.Tensor]) -> None:
     for tensor in (*model.parameters(), *inputs):
         tensor.grad = None
-
-
-def _most_on_cuda(step: Callable[[], None], device: torch.device) -> int:
-    torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    step()
-    return torch.cuda.max_memory_allocated(device) - before
-
-
-def _most_on_cpu(step: Callable[[], None], _: torch.device) -> int:
-    with profile(profile_memory=True) as profiler:
-        step()
-    live = peak = 0
-    for event in sorted(profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    return peak

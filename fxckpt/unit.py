@@ -39,6 +39,7 @@ class Unit:
     """
 
     passing = False  # on the module until it is restored
+    why = "the model as a whole"  # what is captured at once
 
     def __init__(
         self,
@@ -65,7 +66,7 @@ class Unit:
             return run_traced(module, args, kwargs)
         if is_capturing():
             return run_within(self.options, module, args, kwargs)
-        if _is_traced(module):
+        if is_traced(module):
             return original_forward(module)(*args, **kwargs)
         if levels.is_active():
             return self._run_transformed(module, args, kwargs)
@@ -75,9 +76,8 @@ class Unit:
             return self._run_eagerly(module, args, kwargs, found)
         if found is None:
             return original_forward(module)(*args, **kwargs)
-        self.latest = found
         with contextlib.suppress(Misfit):
-            return found(_required(call))
+            return self._run(found, _required(call))
         return Unit.__call__(self, module, args, kwargs)  # captured anew
 
     def prepare(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -119,6 +119,11 @@ class Unit:
 
     def __deepcopy__(self, _: Any) -> Unit:
         return self  # until `for_module` sees that its module is a copy
+
+    def _run(self, found: Captured, call: Call) -> Any:
+        """Runs what was captured for a call."""
+        self.latest = found
+        return found(call)
 
     def _run_transformed(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Runs the forward under transforms of `torch.func`."""
@@ -219,7 +224,7 @@ class Part:
         parts = whole.parts if whole is not None else None
         if whole is None or parts is None or not (parts.active() and torch.is_grad_enabled()):
             return original_forward(module)(*args, **kwargs)
-        if _is_traced(module) or levels.is_active():
+        if is_traced(module) or levels.is_active():
             return original_forward(module)(*args, **kwargs)
         if self._owner() is not module or self._cast.may_be(parts):
             return original_forward(module)(*args, **kwargs)
@@ -265,7 +270,7 @@ def _warn(start: str, failure: CaptureError) -> None:
     warnings.warn(f"{start}: {failure}", FallbackWarning, stacklevel=stack_level_of_user())
 
 
-def _is_traced(module: nn.Module) -> bool:
+def is_traced(module: nn.Module) -> bool:
     """Whether the call is part of something else that has to see the original forward."""
     return (
         is_capturing()

@@ -23,6 +23,8 @@ if that fails is the whole state looked up among the states seen before.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import types
 import weakref
 from collections import OrderedDict, deque
@@ -64,6 +66,19 @@ _MOST = 5000
 Condition = Callable[[], bool]
 
 
+@dataclasses.dataclass(frozen=True, eq=False, slots=True)
+class Alike:
+    """What a watch knows that helps to watch modules that may look the same.
+
+    Attributes:
+        reads: What is watched besides members: positions of modules, and names of attributes.
+        contents: What is in objects without tensors, by `id`: most of them are shared.
+    """
+
+    reads: list[tuple[int, str]]
+    contents: dict[int, _Contents]
+
+
 class Watch:
     """Watches one module; see the note.
 
@@ -87,6 +102,7 @@ class Watch:
         self._count = 0
         self._number: int | None = None
         self._unchanged: list[Condition] = []
+        self._alike: Alike | None = None
 
     def state(self) -> int | None:
         """The same number for the same state; None if the structure of the module changed.
@@ -126,6 +142,21 @@ class Watch:
             self._class_attributes = self._found_in_classes()
             self._structure = self._structure_now()
 
+    def alike(self) -> Alike:
+        """What helps to watch modules that may look the same."""
+        positions = {id(m): i for i, m in enumerate(self._modules())}
+        reads = sorted((positions[m], name) for m, name in self._reads if m in positions)
+        contents = {
+            c.place: copy.copy(c) for c in self._contents if c.owner is not None and not c.tensors()
+        }
+        return Alike(reads, contents)
+
+    def add_as(self, alike: Alike) -> None:
+        """Watches what is watched of a module that may look the same."""
+        if self._alike is not alike:
+            self._alike, modules = alike, self._modules()
+            self.add({(id(modules[i]), name) for i, name in alike.reads if i < len(modules)})
+
     def described(self) -> tuple[Hashable, list[Any]]:
         """The state, without reference to which modules these are, and objects that it names.
 
@@ -154,11 +185,6 @@ class Watch:
         ties = tuple(first.setdefault(id(t), i) for i, t in enumerate(self._tensors))
         key = kinds, hooks, classes, held, tuple(self._geometry), ties
         return key, described.named
-
-    def reads(self) -> list[tuple[int, str]]:
-        """What is watched besides members: positions of modules, and names of attributes."""
-        positions = {id(m): i for i, m in enumerate(self._modules())}
-        return sorted((positions[m], name) for m, name in self._reads if m in positions)
 
     def _modules(self) -> list[nn.Module]:
         root = self._root()
@@ -223,11 +249,8 @@ class Watch:
             found[contents.place] = contents
             queue.extend((v, depth) for v in contents.before if not is_leaf(v))
 
-        for m in modules:
-            for members in (m._parameters, m._buffers):
-                add(_Contents(members, _required(reader(members)), id(members), slots), 1)
-            if names := self._names(m):
-                add(_attributes(m, names, slots, is_root=m is modules[0]), 1)
+        for contents in self._of_modules(modules, slots):
+            add(contents, 1)
         functions = [vars(cls).get(name) for cls, name in self._class_attributes]
         queue.extend((f, 1) for f in functions)
         while queue or functions:
@@ -239,16 +262,34 @@ class Watch:
                 functions = []
                 continue
             value, depth = queue.popleft()
-            if isinstance(value, types.FunctionType) and id(value) not in found:
-                functions.append(value)
-            read = reader(value)
-            if id(value) in found or id(value) in known or depth > _DEPTH or read is None:
+            if id(value) in found:
                 continue
-            below = 1 if isinstance(value, nn.Module) else depth + 1
-            add(_Contents(value, read, id(value), slots), below)
+            if isinstance(value, types.FunctionType):
+                functions.append(value)
+            if id(value) not in known and depth <= _DEPTH:
+                if (inside := self._contents_of(value, slots)) is not None:
+                    add(inside, 1 if isinstance(value, nn.Module) else depth + 1)
             if len(found) > _MOST + 3 * len(modules):
                 raise CaptureError(f"forward may depend on more than {_MOST} objects")
         return [c for c in found.values() if not is_fixed(c.owner) or c.tensors()]
+
+    def _of_modules(
+        self, modules: list[nn.Module], slots: set[tuple[int, Any]]
+    ) -> Iterator[_Contents]:
+        """The tensors of modules, and what was read of them."""
+        for m in modules:
+            for members in (m._parameters, m._buffers):
+                yield _Contents(members, _required(reader(members)), id(members), slots)
+            if names := self._names(m):
+                yield _attributes(m, names, slots, is_root=m is modules[0])
+
+    def _contents_of(self, value: Any, slots: set[tuple[int, Any]]) -> _Contents | None:
+        """What is in an object; None if that is not looked into."""
+        known = self._alike.contents.get(id(value)) if self._alike is not None else None
+        if known is not None and known.owner is value and known.unchanged():
+            return known.with_slots(slots)
+        read = reader(value)
+        return None if read is None else _Contents(value, read, id(value), slots)
 
     # -- whether all is as it was
 
@@ -356,6 +397,12 @@ class _Contents:
         self.owner, self._read, self.place, self._slots = owner, read, place, slots
         self._take(*read())
 
+    def with_slots(self, slots: set[tuple[int, Any]]) -> _Contents:
+        """A copy for another watch."""
+        new = copy.copy(self)
+        new._slots = slots
+        return new
+
     def unchanged(self) -> bool:
         """Whether all is as it was."""
         names, values = self._read()
@@ -376,7 +423,7 @@ class _Contents:
 
     def tensors(self) -> list[torch.Tensor]:
         """The tensors in it."""
-        return [v for v in self.before if isinstance(v, torch.Tensor)]
+        return self._tensors
 
     def described(self, description: Description) -> Hashable:
         """What it holds, see `Watch.described`."""
@@ -405,6 +452,7 @@ class _Contents:
 
     def _take(self, names: Sequence[Any], values: Sequence[Any]) -> None:
         self.names, self.before = names, values
+        self._tensors = [v for v in values if isinstance(v, torch.Tensor)]
         self._parts = [*map(self._part, names, values)]
 
     def _arrangement(self) -> list[Any]:

@@ -336,6 +336,16 @@ def test_a_failure_that_is_one_for_all_blocks_is_an_error_with_strict() -> None:
         model(batch(0))
 
 
+def test_verify_says_that_no_block_was_called() -> None:
+    class Skipping(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.stem(x))
+
+    model = fxckpt.rewrite(Skipping(Layer(), Layer()), "nothing", units="blocks")
+    with pytest.raises(fxckpt.CaptureError, match="no block was called"):
+        fxckpt.verify(model, batch(0))
+
+
 def test_what_profilers_read_is_not_recorded() -> None:
     class Named(Layer):
         def forward(self, x: Tensor) -> Tensor:
@@ -376,7 +386,7 @@ def test_what_is_rewritten_already_is_no_block() -> None:
     [
         (lambda: fxckpt.rewrite(Layer(), "nothing", units="blocks"), PolicyError, "no repeated"),
         (lambda: fxckpt.rewrite(net(), "dots", units=["leyers.*"]), PolicyError, "layers.0"),
-        (lambda: fxckpt.rewrite(net(), budget=0.5, units="blocks"), BudgetError, "as one unit"),
+        (lambda: fxckpt.rewrite(net(), budget="x", units="blocks"), BudgetError, "budget='x'"),
         (
             lambda: fxckpt.rewrite(net(), "dots", units="blocks", example_inputs=(batch(0),)),
             FxckptError,

@@ -666,8 +666,8 @@ def test_a_budget_holds_for_all_sizes_with_one_capture() -> None:
 def deep() -> nn.Module:
     """Convolutions, whose inputs backward reads for their shape alone."""
     layers: list[nn.Module] = []
-    for width in (3, 8, 8, 8, 8):
-        layers += [nn.Conv2d(width, 8, 3, padding=1), nn.BatchNorm2d(8), nn.GELU()]
+    for width in (3, 16, 16, 16, 16):
+        layers += [nn.Conv2d(width, 16, 3, padding=1), nn.BatchNorm2d(16), nn.GELU()]
     return nn.Sequential(*layers, nn.AvgPool2d(2), nn.Flatten(2))
 
 
