@@ -17,7 +17,7 @@ from torch.fx import Node
 
 from fxckpt import kernels, ops
 from fxckpt.joint import Joint, storage_bytes
-from fxckpt.shapes import alike
+from fxckpt.shapes import Geometry, alike
 
 _native: Any = torch._C  # not all of it is declared
 
@@ -60,7 +60,7 @@ def copied_at_the_end(joint: Joint) -> int:
     for _, grad in pairs:
         again += kept.get(memory := grad.meta["val"].untyped_storage()._cdata, 0)
         kept[memory] = _bytes(grad)
-    apart = [_bytes(grad) for primal, grad in pairs if not alike(primal, grad.meta["val"])]
+    apart = [_bytes(g) for p, g in pairs if not alike(Geometry.of(p), g.meta["val"])]
     return again + max(apart, default=0)
 
 
