@@ -1,6 +1,7 @@
 """Peaks as planned and as allocated, for several budgets.
 
     python bench/memory.py                      all models, on the CPU
+    python bench/memory.py --units blocks       the blocks as units, what is around them measured
     python bench/memory.py --device cuda --write bench/results/memory.md
 
 Each model computes its loss itself, so that all of a step is planned. The budget is a fraction of
@@ -64,7 +65,7 @@ class Training:
 
 
 def rows(name: str, device: str) -> Iterator[list[Any]]:
-    """Budget, planned and measured peak, and their ratio."""
+    """Budget, planned and measured peak, their ratio, and what runs again in ms as planned."""
     case = build(name, **SIZES[name])
     model = WithLoss(case).to(device)
     batch = {key: x.to(device) for key, x in case.batch(0).items()}
@@ -74,7 +75,7 @@ def rows(name: str, device: str) -> Iterator[list[Any]]:
     measured, _ = peak_and_saved(eager, device)
     least = fxckpt.frontier(model, points=1, **batch)[0]
     eager_peak = least.eager_peak
-    yield [name, "eager", eager_peak, measured, eager_peak / measured]
+    yield [name, "eager", eager_peak, measured, eager_peak / measured, 0.0]
     for fraction in BUDGETS:
         budget = max(int(fraction * eager_peak), least.peak)
         plan = fxckpt.plan(model, budget=budget, **batch)
@@ -84,7 +85,29 @@ def rows(name: str, device: str) -> Iterator[list[Any]]:
         model.zero_grad(set_to_none=True)
         gc.collect()
         measured, _ = peak_and_saved(training, device)
-        yield [name, f"{budget / eager_peak:.0%}", plan.peak, measured, plan.peak / measured]
+        share, ratio = f"{budget / eager_peak:.0%}", plan.peak / measured
+        yield [name, share, plan.peak, measured, ratio, plan.seconds * 1e3]
+
+
+def rows_of_blocks(name: str, device: str) -> Iterator[list[Any]]:
+    """The same with blocks as units; budgets below the least that fits are left out."""
+    case = build(name, **SIZES[name])
+    model = WithLoss(case).to(device)
+    batch = {key: x.to(device) for key, x in case.batch(0).items()}
+    for fraction in BUDGETS:
+        training = Training(fxckpt.rewrite(model, budget=fraction, units="blocks"), batch)
+        try:
+            for _ in range(2):
+                training.run()
+        except fxckpt.BudgetError:
+            return
+        model.zero_grad(set_to_none=True)
+        gc.collect()
+        report = fxckpt.explain(training.model)
+        measured, _ = peak_and_saved(training, device)
+        assert report.peak is not None
+        seconds = report.seconds * 1e3
+        yield [name, f"{fraction:.0%}", report.peak, measured, report.peak / measured, seconds]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -94,15 +117,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--model", nargs="+", choices=[*SIZES], default=[*SIZES])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--units", choices=["model", "blocks"], default="model")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the page in Markdown")
     options = parser.parse_args(arguments)
+    rows_for = rows if options.units == "model" else rows_of_blocks
     table = [
-        [name, shown, planned / 2**20, measured / 2**20, ratio]
+        [name, shown, planned / 2**20, measured / 2**20, *rest]
         for model in options.model
-        for name, shown, planned, measured, ratio in rows(model, options.device)
+        for name, shown, planned, measured, *rest in rows_for(model, options.device)
     ]
-    headers = ["model", "budget", "planned MiB", "measured MiB", "planned / measured"]
-    text = tabulate(table, headers, "github", floatfmt=("", "", ".2f", ".2f", ".4f"))
+    headers = ["model", "budget", "planned MiB", "measured MiB", "planned / measured", "again ms"]
+    text = tabulate(table, headers, "github", floatfmt=("", "", ".2f", ".2f", ".4f", ".1f"))
     print(text)
     if options.write:
         command = " ".join(["python bench/memory.py", *(arguments or sys.argv[1:])])
