@@ -17,8 +17,8 @@ and buffers are there already. It comes and goes like this:
     residuals       die at their last reader in backward
 
 Not counted: what kernels allocate and free while they run, apart from what `workspace` knows, and
-two states of the generator (10 KB) while the CPU draws again; what follows backward (a gradient that
-is added to one that is there already); fragmentation and rounding, apart from CUDA's (see
+two states of the generator (10 KB) while the CPU draws again; what follows backward (a gradient
+that is added to one that is there already); fragmentation and rounding, apart from CUDA's (see
 `ledger.allocated`); a first call, which keeps more, to be able to take back what it did.
 """
 
