@@ -26,6 +26,7 @@ from torch.fx.node import map_aggregate, map_arg
 
 from fxckpt import ops
 from fxckpt.invisible import outside_of_modes, stands_for_real
+from fxckpt.symbols import plain
 
 aten = torch.ops.aten
 _autograd: Any = torch._C._autograd  # not all of it is declared
@@ -115,6 +116,8 @@ _NOT_ELEMENT_BY_ELEMENT = {
 
 
 def _measured(node: Node) -> int | None:
+    if not hasattr(_autograd, "_enable_profiler_legacy"):  # of which another torch may have none
+        return None
     with by_themselves(torch.device("cpu")), contextlib.suppress(*MISFITS):
         call = call_of(node)
         with _allocations() as sizes:
@@ -178,7 +181,7 @@ def _is_dense(tensor: torch.Tensor) -> bool:
 def _described(tree: Any) -> Any:
     def describe(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
-            return value
+            return plain(value)
         return tuple(value.shape), value.stride(), value.dtype, value.device
 
     return map_aggregate(values(tree), describe)

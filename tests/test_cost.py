@@ -16,9 +16,11 @@ from torch.nn import functional as F
 import fxckpt
 from bench.models import build
 from fxckpt import cost, ops, rates
-from fxckpt.cost import Costs, bytes_moved, profiled, signature
+from fxckpt.cost import Costs, bytes_moved, profiled
 from fxckpt.joint import Joint
+from fxckpt.kernels import signature
 from fxckpt.rates import DEVICES, Device, measured
+from fxckpt.symbols import Size
 
 aten = torch.ops.aten
 CPU = torch.device("cpu")
@@ -177,6 +179,16 @@ def test_signatures_tell_work_apart() -> None:
     assert signature(nodes["sin"]) == signature(nodes["sin_1"])
     assert signature(nodes["sin"]) != signature(nodes["sin_2"])
     assert signature(nodes["sin"]) != signature(nodes["cos"])
+
+
+def test_signatures_tell_sizes_apart_that_one_expression_stands_for() -> None:
+    def resampled(size: int) -> Node:
+        graph = Graph()
+        x = graph.placeholder("x")
+        x.meta["val"] = torch.ones(1, 1, 4)
+        return graph.call_function(aten.upsample_nearest1d.default, (x, [Size(size, "s0")]))
+
+    assert signature(resampled(4)) == signature(resampled(4)) != signature(resampled(8))
 
 
 def test_profile_times_every_operation_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
