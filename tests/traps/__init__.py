@@ -191,8 +191,8 @@ def _argument(position: int) -> Guard:
     def take_out(patch: pytest.MonkeyPatch) -> None:
         real = signature.of_arguments
 
-        def of_arguments(*args: Any) -> Any:
-            spec, tensors = real(*args)
+        def of_arguments(*args: Any, **options: Any) -> Any:
+            spec, tensors = real(*args, **options)
             return spec, tuple((*t[:position], "", *t[position:][1:]) for t in tensors)
 
         patch.setattr(signature, "of_arguments", of_arguments)
@@ -203,7 +203,9 @@ def _argument(position: int) -> Guard:
 def STRUCTURE(patch: pytest.MonkeyPatch) -> None:
     """Structure and static leaves of the arguments are not part of the signature."""
     real = signature.of_arguments
-    patch.setattr(signature, "of_arguments", lambda spec, *args: real(None, *args))
+    patch.setattr(
+        signature, "of_arguments", lambda spec, *args, **options: real(None, *args, **options)
+    )
 
 
 def forgetful(patch: pytest.MonkeyPatch) -> None:
