@@ -193,7 +193,8 @@ def _argument(position: int) -> Guard:
 
         def of_arguments(*args: Any, **options: Any) -> Any:
             spec, tensors = real(*args, **options)
-            return spec, tuple((*t[:position], "", *t[position:][1:]) for t in tensors)
+            parts = [(kind, *geometry, *rest) for kind, geometry, *rest in tensors]
+            return spec, tuple((*t[:position], "", *t[position:][1:]) for t in parts)
 
         patch.setattr(signature, "of_arguments", of_arguments)
 
