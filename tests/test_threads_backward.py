@@ -217,7 +217,7 @@ def in_child(function: Callable[[], Any]) -> Any:
     return pickle.loads(data)
 
 
-forks = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+forks = pytest.mark.filterwarnings("ignore:.*fork.*")  # Python's, and that of an imported JAX
 pytestmark = forks
 
 
