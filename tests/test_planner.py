@@ -264,6 +264,6 @@ def test_views_with_several_results_that_are_changed_in_place() -> None:
 
     model = assert_same_training(
         lambda: nn.GRU(4, 4, bidirectional=True), lambda _: torch.randn(5, 3, 4), last, None,
-        budget=0.8,
+        budget=0.8, planning_seconds=0.2, steps=2,
     )  # fmt: skip
     assert captures(model)
