@@ -360,6 +360,14 @@ def test_a_program_is_captured_once(function: Any) -> None:
     assert len(captures(model)) <= 2  # an inner size may be 1
 
 
+def test_what_is_taken_away_is_laid_out_as_by_the_kernel() -> None:
+    def padding(f: nn.Module, x: Tensor) -> Tensor:
+        y = x.masked_fill(x > x.mean(), 0.5)
+        return f(F.pad(y, (0, 0, 1, x.shape[0])))  # backward takes away, of a batch of one
+
+    run_program(padding, [(1, 2), (1, 3)])
+
+
 def test_each_branch_has_its_own_capture() -> None:
     def branching(f: nn.Module, x: Tensor) -> Tensor:
         return f(x).tanh() if x.shape[1] > 6 else f(x).sigmoid()

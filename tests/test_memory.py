@@ -329,6 +329,15 @@ def test_what_kernels_take_is_measured(name: str, with_workspaces: None) -> None
     assert planned == pytest.approx(peak, rel=0.002)
 
 
+def test_what_kernels_take_is_not_measured_while_the_program_profiles() -> None:
+    """Nor is that remembered."""
+    joint = joint_graph(lambda m, x: (x @ m.weight).mT.softmax(-1), torch.ones(3, 7, 8))
+    node = next(n for n in joint.forward_nodes() if "softmax" in n.name)
+    with profile():
+        assert kernels.workspace(node) is None
+    assert kernels.workspace(node) == 3 * 7 * 8 * 4
+
+
 class Parameters(nn.Module):
     """Two parameters that are larger than what is computed with them."""
 
