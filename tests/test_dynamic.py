@@ -31,7 +31,7 @@ from transformers import (
 )
 
 import fxckpt
-from fxckpt import runtime, shapes, symbols
+from fxckpt import programs, shapes, symbols
 from fxckpt.functional import module_of
 from fxckpt.installation import runner_of
 from fxckpt.symbols import pattern, strides_like
@@ -775,7 +775,7 @@ def test_known_sizes_are_not_checked_again(monkeypatch: pytest.MonkeyPatch) -> N
     def fail(*_: Any) -> None:
         pytest.fail("a first run")
 
-    monkeypatch.setattr(runtime.first_run, "run", fail)
+    monkeypatch.setattr(programs.first_run, "run", fail)
     for size in SIZES:
         model(tokens(*size)).sum().backward()
 
