@@ -179,11 +179,12 @@ class Watch:
             for kind in HOOKS
             if i and m.__dict__[kind]  # those of the root run around it
         )
+        around = tuple(described.of(tuple(hooks.values())) for hooks in _GLOBAL_HOOKS)
         classes = tuple(described.of(vars(cls).get(n)) for cls, n in self._class_attributes)
         held = tuple(c.described(described) for c in self._contents)
         first: dict[int, int] = {}
         ties = tuple(first.setdefault(id(t), i) for i, t in enumerate(self._tensors))
-        key = kinds, hooks, classes, held, tuple(self._geometry), ties
+        key = kinds, hooks, around, classes, held, tuple(self._geometry), ties
         return key, described.named
 
     def _modules(self) -> list[nn.Module]:

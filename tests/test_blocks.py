@@ -209,6 +209,33 @@ def test_a_layer_that_is_changed_later() -> None:
     assert len(captures(ours)) >= 4
 
 
+def test_a_hook_for_all_modules_that_comes_later() -> None:
+    """No layer runs what was captured of another one before that."""
+
+    def double(m: nn.Module, args: Any, result: Tensor) -> Tensor | None:
+        return result * 2 if type(m) is nn.GELU else None
+
+    def loss(m: nn.Module) -> Tensor:
+        torch.manual_seed(0)
+        return m(batch(0)).square().sum()
+
+    model = blocks_of_gelu()
+    ours = fxckpt.rewrite(model, "nothing", units="blocks")
+    loss(ours).backward()
+    handle = nn.modules.module.register_module_forward_hook(double)
+    try:
+        with pytest.warns(FallbackWarning, match="a hook is registered for all modules"):
+            assert torch.equal(loss(ours), loss(model))
+    finally:
+        handle.remove()
+    assert torch.equal(loss(ours), loss(model))
+
+
+def blocks_of_gelu() -> nn.Module:
+    layers = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU()) for _ in range(3)]
+    return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Sequential(*layers))
+
+
 def test_gradients_come_block_by_block() -> None:
     """As in eager: those of the last block are there before backward of the first one starts."""
 
