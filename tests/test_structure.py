@@ -100,6 +100,8 @@ LAYERS = (
     "timeline",
     "signature",
     "budgeting",
+    "watched",
+    "likeness",
     "watch",
     "kin",
     "captures",

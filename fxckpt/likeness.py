@@ -1,0 +1,174 @@
+"""What modules that look the same have in common, so that it is looked up once for all of them.
+
+NOTE [Likenesses]
+
+Modules look the same if their descriptions are equal (`Watch.described`). To collect and describe
+all that is watched takes milliseconds, for each layer of a stack again. So where it is simple, a
+`Likeness` is compared instead, module by module: classes, names, geometry of tensors, and what was
+read of attributes. It is simple if these are plain values, or objects that the other module has to
+refer to as well: configurations, functions, and what these lead to. What lies beyond the modules is
+then the same for all of them, and they watch it by the same conditions.
+
+A description tells an object that refers to the module itself from one that refers to another one.
+So there is no likeness where anything beyond the modules leads back to one of them.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxckpt import tree
+from fxckpt.contents import MISSING, is_fixed, is_plain
+from fxckpt.installation import original_class
+from fxckpt.reads import EVERYTHING
+from fxckpt.state import HOOKS
+from fxckpt.watched import (
+    GLOBAL_HOOKS,
+    LAZY,
+    Condition,
+    Contents,
+    same_class_attributes,
+    same_dictionaries,
+    same_geometry,
+)
+
+_TENSORS = ("_parameters", "_buffers")
+
+
+class Likeness:
+    """What a module looks like.
+
+    Attributes:
+        class_attributes: What was read of classes.
+        conditions: Whether all that lies beyond the modules is as it was.
+        geometry: Of the parameters and buffers.
+        names: What is watched of each module.
+
+    Args:
+        modules: The module and those in it.
+        names: What is watched of each.
+        class_attributes: What was read of classes.
+        beyond: What lies beyond the modules.
+        geometry: Of the parameters and buffers.
+    """
+
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        names: list[list[str]],
+        class_attributes: list[tuple[Any, str]],
+        beyond: Sequence[Contents],
+        geometry: list[Any],
+    ) -> None:
+        self.class_attributes, self.geometry, self.names = class_attributes, geometry, names
+        positions = {id(m): i for i, m in enumerate(modules)}
+        self._looks = [*map(_Look.of, modules, names, [positions] * len(modules))]
+        read = [value for look in self._looks for value in look.values]
+        self._reached = frozenset(map(id, chain(read, *(c.before for c in beyond))))
+        self.conditions = [*conditions_beyond([*map(copy.copy, beyond)], class_attributes)]
+
+    @staticmethod
+    def of(
+        modules: Sequence[nn.Module],
+        names: list[list[str]],
+        class_attributes: list[tuple[Any, str]],
+        beyond: Sequence[Contents],
+        geometry: list[Any],
+    ) -> Likeness | None:
+        """The likeness of a module (see the class); None if it is not simple."""
+        if any(EVERYTHING in each for each in names) or any(g in LAZY for g in geometry):
+            return None
+        found = Likeness(modules, names, class_attributes, beyond, geometry)
+        read = (value for look in found._looks for value in look.values)
+        if any(c.tensors() for c in beyond) or any(isinstance(v, torch.Tensor) for v in read):
+            return None
+        return found if found.of_others(modules) is not None else None
+
+    def of_others(self, modules: Sequence[nn.Module]) -> list[torch.Tensor] | None:
+        """The parameters and buffers of modules that look like this; None if they do not."""
+        if len(modules) != len(self._looks) or not all(same() for same in self.conditions):
+            return None
+        if not all(look.is_of(m, modules) for look, m in zip(self._looks, modules, strict=True)):
+            return None
+        held = [m.__dict__[kind] for m in modules for kind in _TENSORS]
+        if not self._reached.isdisjoint(map(id, (*modules, *held))):
+            return None
+        if any(m.__dict__[kind] for m in modules[1:] for kind in HOOKS):
+            return None
+        tensors = [t for members in held for t in members.values() if t is not None]
+        alone = len({*map(id, tensors)}) == len(tensors)
+        return tensors if alone and same_geometry(tensors, self.geometry) else None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Look:
+    """What one of the modules looks like: submodules by position, and which tensors are None."""
+
+    cls: type
+    children: list[str]
+    places: list[int]
+    tensors: list[list[tuple[str, bool]]]
+    names: list[str]
+    values: list[Any]
+
+    @staticmethod
+    def of(m: nn.Module, names: list[str], positions: dict[int, int]) -> _Look:
+        attributes = m.__dict__
+        return _Look(
+            original_class(type(m)),
+            [*m._modules],
+            [-1 if child is None else positions[id(child)] for child in m._modules.values()],
+            [_there(attributes[kind]) for kind in _TENSORS],
+            names,
+            [attributes.get(name, MISSING) for name in names],
+        )
+
+    def is_of(self, m: nn.Module, modules: Sequence[nn.Module]) -> bool:
+        """Whether another module, in its place among others, looks like this."""
+        attributes = m.__dict__
+        children = attributes["_modules"]
+        return (
+            original_class(type(m)) is self.cls
+            and [*children] == self.children
+            and all(
+                child is (None if i < 0 else modules[i])
+                for child, i in zip(children.values(), self.places, strict=True)
+            )
+            and [_there(attributes[kind]) for kind in _TENSORS] == self.tensors
+            and all(
+                _means_the_same(attributes.get(name, MISSING), value)
+                for name, value in zip(self.names, self.values, strict=True)
+            )
+        )
+
+
+def _there(tensors: dict[str, Any]) -> list[tuple[str, bool]]:
+    return [(name, t is not None) for name, t in tensors.items()]
+
+
+def _means_the_same(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    by_value = is_plain(a) or (type(a) is tuple and all(map(is_plain, (*a, *b))))
+    return by_value and tree.static_key(a) == tree.static_key(b)
+
+
+def conditions_beyond(
+    beyond: Sequence[Contents], class_attributes: list[tuple[Any, str]]
+) -> Iterator[Condition]:
+    """Functions that tell whether all that lies beyond some modules is as it is now."""
+    watched = [c for c in beyond if not is_fixed(c.owner) or c.tensors()]
+    held = [c.owner for c in watched if type(c.owner) is dict]
+    yield same_dictionaries([*GLOBAL_HOOKS, *held])
+    yield same_class_attributes(class_attributes)
+    rest = [c for c in watched if type(c.owner) is not dict]
+    yield lambda: all(c.unchanged() for c in rest)
