@@ -18,6 +18,7 @@ import dataclasses
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -77,9 +78,14 @@ class Kin:
 
     def prepare(self, module: nn.Module, watch: Watch) -> None:
         """Lets a module be watched as those of its class are, before its state is looked at."""
-        for (cls, _), known in self._known.items():
-            if cls is original_class(type(module)):
-                watch.add_as(known[-1].alike)
+        of_class = [
+            [k.alike for k in known]
+            for (cls, _), known in self._known.items()
+            if cls is original_class(type(module))
+        ]
+        if not any(map(watch.takes_as, dict.fromkeys(chain.from_iterable(of_class)))):
+            for alikes in of_class:
+                watch.add_as(alikes[-1])
 
     def find(
         self, module: nn.Module, watch: Watch, call: Call, signature: Hashable
@@ -93,7 +99,7 @@ class Kin:
             sources = _sources(known, module, watch, call)
             if sources is None:
                 continue
-            alike = known.captured.rebound(module, forward_of(module), watch.state, sources)
+            alike = known.captured.rebound(module, forward_of(module), watch, sources)
             if alike.guards_hold(call):
                 return alike
         return None

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from fxckpt import tree
-from fxckpt.contents import MISSING, is_fixed, is_plain
+from fxckpt.contents import MISSING, Entries, is_fixed, is_plain
 from fxckpt.installation import original_class
 from fxckpt.reads import EVERYTHING
 from fxckpt.state import HOOKS
@@ -167,8 +167,8 @@ def conditions_beyond(
 ) -> Iterator[Condition]:
     """Functions that tell whether all that lies beyond some modules is as it is now."""
     watched = [c for c in beyond if not is_fixed(c.owner) or c.tensors()]
-    held = [c.owner for c in watched if type(c.owner) is dict]
+    held = [c.read.dictionary for c in watched if isinstance(c.read, Entries)]
     yield same_dictionaries([*GLOBAL_HOOKS, *held])
     yield same_class_attributes(class_attributes)
-    rest = [c for c in watched if type(c.owner) is not dict]
+    rest = [c for c in watched if not isinstance(c.read, Entries)]
     yield lambda: all(c.unchanged() for c in rest)

@@ -30,7 +30,7 @@ import dataclasses
 import functools
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.fx import GraphModule
@@ -140,6 +140,19 @@ class Standing:
         return self.misfit is None and not self.withdrawn
 
 
+class State(Protocol):
+    """The state of a module, by number.
+
+    Attributes:
+        latest: When it was last looked at, which is when a call began.
+    """
+
+    latest: int | None
+
+    def state(self) -> int | None:
+        """Now."""
+
+
 class Captured:
     """One captured callable for one signature: runs it, forward and backward.
 
@@ -149,7 +162,7 @@ class Captured:
         original: The callable that was captured.
         input_spec: Structure of (args, kwargs).
         module: The module whose tensors the callable reads, if any.
-        state: Tells the state of the module; another answer means that a rerun would differ.
+        state: Of the module; another one means that a rerun would differ.
         compile: Whether to compile both graphs with Inductor.
         decompose: Whether to decompose what torch cannot differentiate twice; see `pure`.
     """
@@ -161,7 +174,7 @@ class Captured:
         original: Callable[..., Any],
         input_spec: tree.Spec,
         module: torch.nn.Module | None,
-        state: Callable[[], Any],
+        state: State,
         *,
         compile: bool = False,
         decompose: bool = False,
@@ -188,7 +201,7 @@ class Captured:
         self,
         module: torch.nn.Module,
         original: Callable[..., Any],
-        state: Callable[[], Any],
+        state: State,
         sources: Mapping[str, Slot],
     ) -> Captured:
         """The same for another module in the same state: what is compiled serves both.
@@ -196,7 +209,7 @@ class Captured:
         Args:
             module: The other module.
             original: Its forward.
-            state: Tells its state.
+            state: Its state.
             sources: Where the primals are at call time, by name.
         """
         new = copy.copy(self)
@@ -327,7 +340,7 @@ class Captured:
             sizes,
             primals,
             [p._version for p in primals],
-            self.state(),
+            self.state.latest,
             {d: ops.read_rng_state(d) for d in self._random_devices},
             {i: primals[i].clone() for i in copied},
         )
@@ -348,7 +361,7 @@ class Captured:
         for (container, key), value in zip(self.tape.assigned, values, strict=True):
             container[key] = value
         if self.tape.assigned:
-            call.state = self.state()
+            call.state = self.state.state()
         return result
 
     @functools.cached_property
@@ -543,7 +556,7 @@ class Captured:
                 "one of the variables needed for gradient computation has been modified by an "
                 f"inplace operation: {changed[0]} was changed between forward and backward"
             )
-        if self.state() != call.state:
+        if self.state.state() != call.state:
             raise FxckptError(
                 "the module was changed (training mode, hyperparameters, parameters) between "
                 "forward and a backward that has to run forward again (create_graph=True). "

@@ -81,6 +81,9 @@ class Alike:
 class Watch:
     """Watches one module; see the note.
 
+    Attributes:
+        latest: The state when it was last looked at; None if that has to be done anew.
+
     Args:
         module: The module; only a weak reference to it is kept.
         most: How many states are remembered.
@@ -97,9 +100,9 @@ class Watch:
         self._beyond: list[Contents] = []  # the modules, also what never changes itself
         self._tensors: list[torch.Tensor] = []
         self._geometry: list[Any] = []
-        self._numbers: OrderedDict[Hashable, tuple[int, Any]] = OrderedDict()
+        self.latests: OrderedDict[Hashable, tuple[int, Any]] = OrderedDict()
         self._count = 0
-        self._number: int | None = None
+        self.latest: int | None = None
         self._unchanged: list[Condition] = []
         self._alike: Alike | None = None  # that of a module that may look the same
         self._current: Alike | None = None  # its own, in the present state
@@ -113,15 +116,15 @@ class Watch:
         Raises:
             CaptureError: if there is too much to watch.
         """
-        if self._number is not None and all(unchanged() for unchanged in self._unchanged):
-            return self._number
+        if self.latest is not None and all(unchanged() for unchanged in self._unchanged):
+            return self.latest
         if not same_objects(self._structure_now(), self._structure):
             return None
         self._current = None
-        self._number = self._look_up()
+        self.latest = self._look_up()
         beyond = conditions_beyond(self._beyond, self._class_attributes)
         self._unchanged = [*self._conditions(), *beyond]
-        return self._number
+        return self.latest
 
     def is_lazy(self) -> bool:
         """Whether a parameter has no shape yet."""
@@ -138,9 +141,9 @@ class Watch:
             return
         for m, names in names_of.items():
             self._names_of[m] = sorted(names.union(self._names_of.get(m, ())))
-        self._number = self._current = None
+        self.latest = self._current = None
         self._contents = []
-        self._numbers.clear()
+        self.latests.clear()
         self._class_attributes = self._found_in_classes()
         self._structure = self._structure_now()
 
@@ -163,11 +166,26 @@ class Watch:
 
     def add_as(self, alike: Alike) -> None:
         """Watches what is watched of a module that may look the same."""
-        if alike in (self._alike, self._current) or self._is_as(alike):
+        if alike in (self._alike, self._current):
             return
         self._alike, modules = alike, self._modules()
         pairs = zip(modules, alike.names, strict=False)
         self.add({(id(m), name) for m, names in pairs for name in names})
+
+    def takes_as(self, alike: Alike) -> bool:
+        """Whether the module, not yet watched, looks the same in short; then it is watched so."""
+        likeness, modules = alike.likeness, self._modules()
+        tensors = None if likeness is None or self._names_of else likeness.of_others(modules)
+        if likeness is None or tensors is None:
+            return False
+        self._names_of = dict(zip(map(id, modules), likeness.names, strict=True))
+        self._class_attributes = likeness.class_attributes
+        self._structure = self._structure_now()
+        self._tensors, self._geometry = tensors, likeness.geometry
+        self._count = self.latest = 1
+        self._alike = self._current = alike
+        self._unchanged = [*self._conditions(), *likeness.conditions]
+        return True
 
     def is_known_as(self, alike: Alike) -> bool:
         """Whether the module looks the same, as is known without a description."""
@@ -176,23 +194,6 @@ class Watch:
     def tensors(self) -> list[torch.Tensor]:
         """All that it holds, as far as they are watched."""
         return self._tensors
-
-    def _is_as(self, alike: Alike) -> bool:
-        """Whether the module, of which nothing is known yet, looks the same; then it is watched."""
-        likeness, modules = alike.likeness, self._modules()
-        if likeness is None or self._names_of:
-            return False
-        tensors = likeness.of_others(modules)
-        if tensors is None:
-            return False
-        self._names_of = dict(zip(map(id, modules), likeness.names, strict=True))
-        self._class_attributes = likeness.class_attributes
-        self._structure = self._structure_now()
-        self._tensors, self._geometry = tensors, likeness.geometry
-        self._count = self._number = 1
-        self._alike = self._current = alike
-        self._unchanged = [*self._conditions(), *likeness.conditions]
-        return True
 
     def described(self) -> tuple[Hashable, list[Any]]:
         """The state, without reference to which modules these are, and objects that it names.
@@ -268,15 +269,15 @@ class Watch:
         ties = tuple(first.setdefault(id(t), i) for i, t in enumerate(self._tensors))
         numbers = {c.place: i for i, c in enumerate(self._contents) if c.is_data()}
         key = tuple(c.key(numbers) for c in self._contents), tuple(self._geometry), ties
-        if key not in self._numbers:
+        if key not in self.latests:
             if self._current is None:  # else it has a number
                 self._count += 1
             # The owners are kept, so that no other object gets an id that is part of a key.
-            self._numbers[key] = self._count, [c.owner for c in self._contents]
-            if len(self._numbers) > self._most:
-                self._numbers.popitem(last=False)
-        self._numbers.move_to_end(key)
-        return self._numbers[key][0]
+            self.latests[key] = self._count, [c.owner for c in self._contents]
+            if len(self.latests) > self._most:
+                self.latests.popitem(last=False)
+        self.latests.move_to_end(key)
+        return self.latests[key][0]
 
     def _collect(self) -> tuple[list[Contents], list[Contents]]:
         """All that is to be watched now: of modules, and beyond them."""

@@ -101,7 +101,7 @@ class Contents:
     """
 
     def __init__(self, owner: Any, read: Read, place: int, slots: set[tuple[int, Any]]) -> None:
-        self.owner, self._read, self.place, self._slots = owner, read, place, slots
+        self.owner, self.read, self.place, self._slots = owner, read, place, slots
         self._take(*read())
 
     def with_slots(self, slots: set[tuple[int, Any]]) -> Contents:
@@ -112,7 +112,7 @@ class Contents:
 
     def unchanged(self) -> bool:
         """Whether all is as it was."""
-        names, values = self._read()
+        names, values = self.read()
         before = self.before
         return (
             len(values) == len(before)
@@ -125,7 +125,7 @@ class Contents:
         if self.unchanged():
             return False
         arranged = self._arrangement()
-        self._take(*self._read())
+        self._take(*self.read())
         return self._arrangement() != arranged
 
     def tensors(self) -> list[torch.Tensor]:
