@@ -16,7 +16,6 @@ So there is no likeness where anything beyond the modules leads back to one of t
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any
@@ -38,8 +37,6 @@ from fxckpt.watched import (
     same_dictionaries,
     same_geometry,
 )
-
-_TENSORS = ("_parameters", "_buffers")
 
 
 class Likeness:
@@ -68,11 +65,10 @@ class Likeness:
         geometry: list[Any],
     ) -> None:
         self.class_attributes, self.geometry, self.names = class_attributes, geometry, names
-        positions = {id(m): i for i, m in enumerate(modules)}
-        self._looks = [*map(_Look.of, modules, names, [positions] * len(modules))]
-        read = [value for look in self._looks for value in look.values]
-        self._reached = frozenset(map(id, chain(read, *(c.before for c in beyond))))
         self.conditions = [*conditions_beyond([*map(copy.copy, beyond)], class_attributes)]
+        self._structure, self._values = _structure(modules), self._read(modules)
+        reached = chain(self._values, *(c.before for c in beyond))
+        self._reached = frozenset(map(id, reached))
 
     @staticmethod
     def of(
@@ -86,71 +82,50 @@ class Likeness:
         if any(EVERYTHING in each for each in names) or any(g in LAZY for g in geometry):
             return None
         found = Likeness(modules, names, class_attributes, beyond, geometry)
-        read = (value for look in found._looks for value in look.values)
-        if any(c.tensors() for c in beyond) or any(isinstance(v, torch.Tensor) for v in read):
+        if any(isinstance(value, torch.Tensor) for value in found._values):
+            return None
+        if any(c.tensors() for c in beyond):
             return None
         return found if found.of_others(modules) is not None else None
 
     def of_others(self, modules: Sequence[nn.Module]) -> list[torch.Tensor] | None:
         """The parameters and buffers of modules that look like this; None if they do not."""
-        if len(modules) != len(self._looks) or not all(same() for same in self.conditions):
-            return None
-        if not all(look.is_of(m, modules) for look, m in zip(self._looks, modules, strict=True)):
-            return None
-        held = [m.__dict__[kind] for m in modules for kind in _TENSORS]
-        if not self._reached.isdisjoint(map(id, (*modules, *held))):
+        if len(modules) != len(self.names) or not all(same() for same in self.conditions):
             return None
         if any(m.__dict__[kind] for m in modules[1:] for kind in HOOKS):
+            return None  # those of the first one run around it
+        if _structure(modules) != self._structure:
+            return None
+        if not all(map(_means_the_same, self._read(modules), self._values)):
+            return None
+        held = [m.__dict__[kind] for m in modules for kind in ("_parameters", "_buffers")]
+        if not self._reached.isdisjoint(map(id, (*modules, *held))):
             return None
         tensors = [t for members in held for t in members.values() if t is not None]
         alone = len({*map(id, tensors)}) == len(tensors)
         return tensors if alone and same_geometry(tensors, self.geometry) else None
 
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Look:
-    """What one of the modules looks like: submodules by position, and which tensors are None."""
-
-    cls: type
-    children: list[str]
-    places: list[int]
-    tensors: list[list[tuple[str, bool]]]
-    names: list[str]
-    values: list[Any]
-
-    @staticmethod
-    def of(m: nn.Module, names: list[str], positions: dict[int, int]) -> _Look:
-        attributes = m.__dict__
-        return _Look(
-            original_class(type(m)),
-            [*m._modules],
-            [-1 if child is None else positions[id(child)] for child in m._modules.values()],
-            [_there(attributes[kind]) for kind in _TENSORS],
-            names,
-            [attributes.get(name, MISSING) for name in names],
-        )
-
-    def is_of(self, m: nn.Module, modules: Sequence[nn.Module]) -> bool:
-        """Whether another module, in its place among others, looks like this."""
-        attributes = m.__dict__
-        children = attributes["_modules"]
-        return (
-            original_class(type(m)) is self.cls
-            and [*children] == self.children
-            and all(
-                child is (None if i < 0 else modules[i])
-                for child, i in zip(children.values(), self.places, strict=True)
-            )
-            and [_there(attributes[kind]) for kind in _TENSORS] == self.tensors
-            and all(
-                _means_the_same(attributes.get(name, MISSING), value)
-                for name, value in zip(self.names, self.values, strict=True)
-            )
-        )
+    def _read(self, modules: Sequence[nn.Module]) -> list[Any]:
+        """What is read of their attributes."""
+        pairs = zip(modules, self.names, strict=True)
+        return [m.__dict__.get(name, MISSING) for m, names in pairs for name in names]
 
 
-def _there(tensors: dict[str, Any]) -> list[tuple[str, bool]]:
-    return [(name, t is not None) for name, t in tensors.items()]
+def _structure(modules: Sequence[nn.Module]) -> list[Any]:
+    """Classes; names of members; which submodules are where, and which tensors are None."""
+    attributes = [m.__dict__ for m in modules]
+    positions = {id(m): i for i, m in enumerate(modules)}
+    found: list[Any] = [original_class(type(m)) for m in modules]
+    for kind in ("_modules", "_parameters", "_buffers"):
+        members = [each[kind] for each in attributes]
+        found += map(len, members)
+        found += chain.from_iterable(members)
+        within = chain.from_iterable(each.values() for each in members)
+        if kind == "_modules":
+            found += [None if m is None else positions[id(m)] for m in within]
+        else:
+            found += [t is None for t in within]
+    return found
 
 
 def _means_the_same(a: Any, b: Any) -> bool:
