@@ -457,7 +457,7 @@ def test_many_layers_are_units_by_default(layers: int, units: str) -> None:
     assert type(runner_of(copy.deepcopy(model))).__name__ == units
 
 
-@pytest.mark.parametrize("options", [{"policy": "sqrt"}, {"budget": 1.0}])
+@pytest.mark.parametrize("options", [{"policy": "sqrt"}, {"budget": 1.0, "dynamic": True}])
 def test_what_decides_for_the_whole_makes_it_one_unit(options: Any) -> None:
     model = fxckpt.rewrite(nn.Sequential(*(Layer() for _ in range(32))), **options)
     model(batch(0)).sum().backward()
