@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -28,6 +28,19 @@ from fxckpt.symbols import Sizes
 from fxckpt.transforms import Transformed
 
 
+class State(Protocol):
+    """The state of a module, by number.
+
+    Attributes:
+        latest: When it was last looked at, which is when a call began.
+    """
+
+    latest: int | None
+
+    def state(self) -> int | None:
+        """Now."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Original:
     """What was captured.
@@ -37,14 +50,14 @@ class Original:
         spec: Structure of its (args, kwargs).
         autocast: The state of autocast in which it was captured.
         module: The module whose tensors it reads, if any.
-        state: Tells the state of the module; another answer means that a rerun would differ.
+        state: Of the module; another one means that a rerun would differ.
     """
 
     function: Callable[..., Any]
     spec: tree.Spec
     autocast: AutocastState
     module: weakref.ref[torch.nn.Module] | None  # which keeps this
-    state: Callable[[], Any]
+    state: State
 
 
 @dataclasses.dataclass(slots=True)
@@ -153,7 +166,7 @@ class Forward:
                 "one of the variables needed for gradient computation has been modified by an "
                 f"inplace operation: {changed[0]} was changed between forward and backward"
             )
-        if self.original.state() != self.state:
+        if self.original.state.state() != self.state:
             raise FxckptError(
                 "the module was changed (training mode, hyperparameters, parameters) between "
                 "forward and a backward that has to run forward again (create_graph=True). "

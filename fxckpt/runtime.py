@@ -28,7 +28,7 @@ import torch
 from torch.fx import GraphModule
 
 from fxckpt import ops, tree
-from fxckpt.again import Forward, Original
+from fxckpt.again import Forward, Original, State
 from fxckpt.arguments import Call
 from fxckpt.errors import CaptureError
 from fxckpt.first_run import Misfit
@@ -50,7 +50,7 @@ class Captured(Programs):
         original: The callable that was captured.
         input_spec: Structure of (args, kwargs).
         module: The module whose tensors the callable reads, if any.
-        state: Tells the state of the module; another answer means that a rerun would differ.
+        state: Of the module; another one means that a rerun would differ.
         compile: Whether to compile both graphs with Inductor.
         decompose: Whether to decompose what torch cannot differentiate twice; see `pure`.
     """
@@ -62,7 +62,7 @@ class Captured(Programs):
         original: Callable[..., Any],
         input_spec: tree.Spec,
         module: torch.nn.Module | None,
-        state: Callable[[], Any],
+        state: State,
         *,
         compile: bool = False,
         decompose: bool = False,
@@ -82,7 +82,7 @@ class Captured(Programs):
         self,
         module: torch.nn.Module,
         original: Callable[..., Any],
-        state: Callable[[], Any],
+        state: State,
         sources: Mapping[str, Slot],
     ) -> Captured:
         """The same for another module in the same state: what is compiled serves both.
@@ -90,7 +90,7 @@ class Captured(Programs):
         Args:
             module: The other module.
             original: Its forward.
-            state: Tells its state.
+            state: Its state.
             sources: Where the primals are at call time, by name.
         """
         new = copy.copy(self)
@@ -150,7 +150,7 @@ class Captured(Programs):
             slots,
             primals,
             [p._version for p in primals],
-            original.state(),
+            original.state.latest,
             {d: ops.read_rng_state(d) for d in self._random_devices},
             {i: primals[i].clone() for i in copied},
         )
@@ -172,7 +172,7 @@ class Captured(Programs):
         for (container, key), value in zip(self.tape.assigned, values, strict=True):
             container[key] = value
         if self.tape.assigned:
-            call.state = original.state()
+            call.state = original.state.state()
         return result
 
     def run_transformed(self, arguments: Call) -> Any:

@@ -34,6 +34,10 @@ def lean(model: nn.Module) -> nn.Module:
     return fxckpt.rewrite_(model, "nothing")  # blocks are the default in distributed training
 
 
+def within(model: nn.Module) -> nn.Module:
+    return fxckpt.rewrite_(model, budget=1.0, planning_seconds=0.5)
+
+
 def inside(model: nn.Module) -> nn.Module:
     lean(model.module)
     return model
@@ -43,6 +47,7 @@ MIXED = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
 WAYS: dict[str, tuple[Callable[[nn.Module], nn.Module], Callable[[nn.Module], nn.Module]]] = {
     "ddp": (DistributedDataParallel, lambda m: DistributedDataParallel(lean(m))),
     "ddp first": (DistributedDataParallel, lambda m: inside(DistributedDataParallel(m))),
+    "ddp, a budget": (DistributedDataParallel, lambda m: DistributedDataParallel(within(m))),
     "fsdp": (shard, lambda m: shard(lean(m))),
     "fsdp first": (shard, lambda m: lean(shard(m))),
     "fsdp mixed": (lambda m: shard(m, mp_policy=MIXED), lambda m: shard(lean(m), mp_policy=MIXED)),

@@ -102,6 +102,8 @@ LAYERS = (
     "timeline",
     "signature",
     "budgeting",
+    "watched",
+    "likeness",
     "watch",
     "kin",
     "captures",
