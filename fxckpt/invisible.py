@@ -30,7 +30,8 @@ from fxckpt.state import HOOKS
 _FAKE_CHECKS = (("transformers.utils.import_utils", "is_fake_tensor"),)
 
 # Modules of libraries whose hooks only compute, and the one whose hooks collect at times.
-_COMPUTING, _COLLECTING = "torch.nn.utils", "transformers.utils.output_capturing"
+_COMPUTING = ("torch.nn.utils", "torch.distributed.tensor.")
+_COLLECTING = "transformers.utils.output_capturing"
 
 
 @contextlib.contextmanager
@@ -197,7 +198,7 @@ def refuse_hooks(root: nn.Module) -> None:
     Raises:
         CaptureError: naming the hook or the wrapper.
     """
-    harmless = _COMPUTING if collected_outputs() else (_COMPUTING, _COLLECTING)
+    harmless = _COMPUTING if collected_outputs() else (*_COMPUTING, _COLLECTING)
     for path, m in root.named_modules():
         if any(f"{cls.__module__}.".startswith(_WRAPPERS) for cls in type(m).__mro__):
             raise CaptureError(

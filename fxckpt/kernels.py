@@ -98,6 +98,8 @@ def _can_be_measured(node: Node) -> bool:
 
 def _needs_nothing(node: Node) -> bool:
     op: Any = ops.operation(node)
+    if ops.node_is_collective(node):  # which is not run for this, as other processes would wait
+        return True
     if not isinstance(op, OpOverload):
         return False
     tensors = list(_tensors(node))

@@ -35,7 +35,7 @@ from torch.utils import _python_dispatch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fxckpt import ops, shapes
+from fxckpt import ops, shapes, spread
 from fxckpt.errors import CaptureError
 from fxckpt.joint import root
 from fxckpt.places import Place
@@ -208,6 +208,8 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         try:
+            if spread.is_taken_apart(types):
+                return self._pass(func, args, kwargs)
             return self._dispatch(func, args, kwargs)
         except CaptureError as error:
             if error.path:
@@ -215,12 +217,19 @@ class Recorder(TorchDispatchMode):
             place = self._place()
             raise error.at(place.path, place.source) from error
 
+    def _pass(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Lets the classes of arguments make operations on plain tensors of one."""
+        tensors = [t for t in _tensors((args, kwargs)) if spread.is_spread(t)]
+        if not all(self.knows(spread.local(t)) for t in tensors):
+            raise CaptureError("forward reads a DTensor that is not in its modules and arguments")
+        return NotImplemented
+
     def _dispatch(self, func: Any, args: Any, kwargs: Any) -> Any:
         if not isinstance(func, OpOverload):
             raise CaptureError(f"the higher-order operation {func} cannot be recorded")
         if func.namespace == "profiler":  # names what runs, for who measures
             return func(*args, **kwargs)
-        if ops.is_collective(func):
+        if ops.is_collective(func) and not ops.is_functional_collective(func):
             raise CaptureError(
                 f"{self.phase} communicates with other processes ({func})",
                 hint="Keep that part eager; its submodules and its neighbours are captured.",

@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from fxckpt import first_run, ops, tree
+from fxckpt import first_run, ops, spread, tree
 from fxckpt.arguments import Arguments, Call
 from fxckpt.errors import BudgetError, CaptureError, FxckptError
 from fxckpt.first_run import Misfit
@@ -181,6 +181,7 @@ class Captured:
         self._expected = tape.expected_backward()
         self.latest = tape.symbols.sizes  # what the symbols were in the latest call
         self._differentiable = [t.requires_grad for t in tape.outputs]
+        self._layouts = [spread.layout(t) for t in tape.outputs]
         random = [n for n in self.program.joint.forward_nodes() if ops.node_is_random(n)]
         self._random_devices = sorted({ops.node_device(n) for n in random}, key=str)
 
@@ -360,6 +361,10 @@ class Captured:
         """
         if self.tape.assigned:
             raise CaptureError("forward assigns to a module under a torch.func transform")
+        if any(
+            map(spread.is_spread, (*(p.stand_in for p in self.tape.primals), *self.tape.outputs))
+        ):
+            raise CaptureError("a DTensor is used under a torch.func transform")
         key = dataclasses.replace(self._expected, recorded=True)
         with outside_of_transforms(), torch.enable_grad():
             joint, choice = self.tape.joint(key), self._chosen(self._expected)[1]
@@ -425,6 +430,22 @@ class Captured:
 
     # -- called by _Function
 
+    def around_outputs(self, outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """What forward returns, of what the graph does."""
+        layouts = zip(outputs, self._layouts, strict=True)
+        return [t if layout is None else layout.around(t) for t, layout in layouts]
+
+    def around_gradients(
+        self, program: Program, key: BackwardKey, gradients: Sequence[torch.Tensor | None]
+    ) -> Sequence[torch.Tensor | None]:
+        """What backward returns, of what the graph does."""
+        layouts = self.tape.layouts(key)
+        if not layouts:
+            return gradients
+        halves = program.split
+        names = zip(gradients, (*halves.primals, *halves.extra), strict=True)
+        return [g if g is None or n not in layouts else layouts[n].around(g) for g, n in names]
+
     def mark_outputs(self, ctx: Any, outputs: Sequence[torch.Tensor]) -> None:
         """Tells autograd which outputs have no gradient."""
         flags = zip(outputs, self._differentiable, strict=True)
@@ -453,7 +474,8 @@ class Captured:
     ) -> Any:
         """Gradients by a backward graph that did not run yet; generically if it does not fit."""
         try:
-            return call.program.run(key, graph, values, call.sizes)
+            gradients = call.program.run(key, graph, values, call.sizes)
+            return self.around_gradients(call.program, key, gradients)
         except Misfit as misfit:
             self.standing.misfit = Misfit(misfit.op, misfit.learned)
         return self.run_again(call, cotangents)
@@ -592,10 +614,9 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, *primals: torch.Tensor) -> tuple[torch.Tensor, ...]:
         program = call.program
-        results = program.run(
-            None, program.split.forward, list(primals[: len(program.split.primals)]), call.sizes
-        )
-        outputs = results[: len(program.joint.outputs)]
+        arguments = [spread.local(p) for p in primals[: len(program.split.primals)]]
+        results = program.run(None, program.split.forward, arguments, call.sizes)
+        outputs = call.captured.around_outputs(results[: len(program.joint.outputs)])
         ctx.set_materialize_grads(False)
         for residual, device in program.split.first_states.items():  # not to be kept twice
             call.random_states[device] = results[len(outputs) + residual]
@@ -604,13 +625,14 @@ class _Function(torch.autograd.Function):
             *(primals[i] for i in program.saved_positions), *results[len(outputs) :]
         )
         ctx.call = call
-        return outputs
+        return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *given: torch.Tensor | None) -> tuple[Any, ...]:
         cotangents = tuple(c if c is None else c.resolve_conj().resolve_neg() for c in given)
         del given
-        saved = list(ctx.saved_tensors)  # raises as eager does if one was changed, or freed
+        # Raises as eager does if one was changed, or freed.
+        saved = [spread.local(t) for t in ctx.saved_tensors]
         call: _Call = ctx.call
         if call is _FREED:
             raise RuntimeError(
@@ -624,16 +646,17 @@ class _Function(torch.autograd.Function):
             graph, extra = call.captured.backward_for(call, key)
         except CaptureError:
             return (None, *call.captured.run_again(call, cotangents))
-        saved += [call.primals[i] for i in extra]
-        saved += [c for c in cotangents if c is not None]
+        saved += [spread.local(call.primals[i]) for i in extra]
+        saved += [spread.local(c) for c in cotangents if c is not None]
         ctx.maybe_clear_saved_tensors()
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             ctx.call = _FREED
-        program, sizes = call.program, call.sizes
+        program, sizes, captured = call.program, call.sizes, call.captured
         if (key, sizes) not in program.tried:
             return (None, *call.captured.try_backward(call, key, graph, saved, cotangents))
         del cotangents, call
-        return (None, *program.run(key, graph, saved, sizes))
+        gradients = program.run(key, graph, saved, sizes)
+        return (None, *captured.around_gradients(program, key, gradients))
 
 
 @contextlib.contextmanager
@@ -651,10 +674,15 @@ def _key(cotangents: Sequence[torch.Tensor | None], *, dynamic: bool) -> Backwar
         return pattern(c.shape, c.stride())[0] if dynamic else c.stride()
 
     return BackwardKey(
-        tuple(None if c is None else (strides(c), c.dtype) for c in cotangents), autocast_state()
+        tuple(
+            None if c is None else (strides(spread.local(c)), c.dtype, spread.layout(c))
+            for c in cotangents
+        ),
+        autocast_state(),
     )
 
 
 def _base(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor that the graph returns for a result: the one that owns the storage."""
-    return tensor._base if tensor._base is not None else tensor
+    base = tensor._base
+    return base if base is not None and base.requires_grad else tensor

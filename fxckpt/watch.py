@@ -37,7 +37,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as nn_module
 
-from fxckpt import tree
+from fxckpt import spread, tree
 from fxckpt.contents import (
     MISSING,
     Inside,
@@ -502,7 +502,7 @@ def _same_geometry(tensors: list[torch.Tensor], geometry: list[Any]) -> bool:
             if type(t) is not known:
                 return False
             continue
-        cls, dtype, requires_grad, shape, strides, device = known
+        cls, dtype, requires_grad, shape, strides, device, spreading = known
         if (
             t.dtype is not dtype
             or t.requires_grad is not requires_grad
@@ -510,6 +510,7 @@ def _same_geometry(tensors: list[torch.Tensor], geometry: list[Any]) -> bool:
             or t.stride() != strides
             or t.device != device
             or type(t) is not cls
+            or (spreading is not None and spread.geometry(t) != spreading)
         ):
             return False
     return True
@@ -518,7 +519,8 @@ def _same_geometry(tensors: list[torch.Tensor], geometry: list[Any]) -> bool:
 def _geometry(t: torch.Tensor) -> Any:
     if type(t) in _LAZY:
         return type(t)
-    return type(t), t.dtype, t.requires_grad, t.shape, t.stride(), t.device
+    plain = type(t), t.dtype, t.requires_grad, t.shape, t.stride(), t.device
+    return *plain, spread.geometry(t)
 
 
 def _required(value: Any) -> Any:

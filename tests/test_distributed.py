@@ -54,9 +54,20 @@ def test_each_block_sharded(kind: str, how: str, results: list[dict[str, Any]]) 
 
 
 @pytest.mark.slow
-def test_tensor_parallel_falls_back(results: list[dict[str, Any]]) -> None:
-    for found in compared(results, "tensor parallel, plain", "after"):
-        assert "a tensor of class DTensor is used" in found["warnings"][0]
+@pytest.mark.parametrize("kind", distributed.TENSOR_PARALLEL)
+def test_tensor_parallel(kind: str, results: list[dict[str, Any]]) -> None:
+    for found in compared(results, f"tensor parallel, {kind}", "after"):
+        assert found["used"] == (3 if "blocks" in str(distributed.TENSOR_PARALLEL[kind]) else 1)
+        assert bool(found["recomputed"]) == ("kept" not in kind)
+        assert not found["warnings"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", distributed.FOREIGN)
+def test_other_distributed_tensors_fall_back(kind: str, results: list[dict[str, Any]]) -> None:
+    for found in compared(results, f"foreign, {kind}", "after"):
+        assert found["warnings"]
+        assert all("DTensor" in warning for warning in found["warnings"])
 
 
 @pytest.mark.slow
@@ -67,6 +78,18 @@ def test_nothing_is_communicated_twice(kind: str, results: list[dict[str, Any]])
         (warning,) = found["warnings"]
         assert "communicates with other processes" in warning
         assert "but for 2 of its parts (first, second)" in warning
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["after", "budget"])
+@pytest.mark.parametrize("kind", distributed.FUNCTIONAL)
+def test_functional_collectives_run_once(
+    kind: str, how: str, results: list[dict[str, Any]]
+) -> None:
+    for found in compared(results, f"functional, {kind}", how):
+        assert found["count"] >= distributed.STEPS
+        assert found["captured"] == 1
+        assert not found["warnings"]
 
 
 @pytest.mark.slow
