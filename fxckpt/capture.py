@@ -42,7 +42,7 @@ from fxckpt.reads import Reads, attributes_read
 from fxckpt.recorder import Recorder
 from fxckpt.state import Assignment, Held, held_tensors, substituted
 from fxckpt.symbols import SYMBOLIC, Symbols, are_in, hints
-from fxckpt.tape import Result, Tape, reported
+from fxckpt.tape import Result, Tape, base_of, reported
 from fxckpt.values import Guard, evaluate, is_readable, make_guard, summary
 
 
@@ -433,7 +433,7 @@ def _base_and_views(recorder: Recorder, tensor: torch.Tensor) -> tuple[torch.Ten
     steps: list[Any] = []
     base = tensor
     while (recipe := recorder.recipe_of(base)) is not None:
-        if base.requires_grad and not _is_differentiable_view(base):
+        if base.requires_grad and base_of(base) is base:
             break
         assert recipe.args[0] is recipe.parent, "views take their base first"
         grad = base.grad_fn is not None or not base.requires_grad
@@ -442,11 +442,6 @@ def _base_and_views(recorder: Recorder, tensor: torch.Tensor) -> tuple[torch.Ten
     if base.requires_grad and not tensor.requires_grad:
         steps.insert(0, (torch.ops.aten.detach.default, (), {}, None, True))
     return base, tuple(steps)
-
-
-def _is_differentiable_view(tensor: torch.Tensor) -> bool:
-    """Whether the gradient of a tensor goes to a base; else its view is one of memory alone."""
-    return tensor._base is not None and tensor._base.requires_grad
 
 
 class _AttributesOf:

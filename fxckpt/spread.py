@@ -97,6 +97,8 @@ def common_layout(tensors: Sequence[torch.Tensor]) -> Layout | None:
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """What this process has of a tensor, once it has arrived."""
+    if type(tensor) in _PLAIN:
+        return tensor
     if is_spread(tensor):
         tensor = tensor._local_tensor  # type: ignore[attr-defined]
     return tensor.wait() if is_under_way(tensor) else tensor  # type: ignore[attr-defined]

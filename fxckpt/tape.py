@@ -67,6 +67,15 @@ class Result:
         return tensor
 
 
+def base_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor that owns the storage of another in the eyes of autograd.
+
+    A custom function may return a view of memory whose gradient is its own.
+    """
+    base = tensor._base
+    return base if base is not None and base.requires_grad else tensor
+
+
 @dataclasses.dataclass(slots=True)
 class Tape:
     """A captured forward, from which `joint` derives backward for any `BackwardKey`."""

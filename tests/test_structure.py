@@ -95,6 +95,8 @@ LAYERS = (
     "decompositions",
     "pure",
     "transforms",
+    "programs",
+    "again",
     "runtime",
     "menu",
     "steps",
