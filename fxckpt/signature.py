@@ -38,8 +38,8 @@ def of_arguments(
                 t.requires_grad,
                 t.is_leaf,
                 _tags(t),
-                spread.geometry(t),
                 first.setdefault(id(t), i),
+                spread.geometry(t),
             )
             for i, t in enumerate(tensors)
         ),
