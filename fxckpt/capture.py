@@ -518,6 +518,7 @@ def _attributes(tensor: torch.Tensor) -> set[str]:
 
 
 def _same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
+    a, b = spread.local(a), spread.local(b)
     return a.untyped_storage()._cdata == b.untyped_storage()._cdata
 
 

@@ -20,8 +20,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
+from fxckpt import spread
 from fxckpt.arguments import Call
 from fxckpt.capture import without_cycle
 from fxckpt.installation import original_class, original_forward
@@ -124,8 +126,12 @@ def _is_bound_to(captured: Captured, module: nn.Module, call: Call) -> bool:
 
 def _share_memory(held: Sequence[Held], call: Call) -> bool:
     """Whether tensors of a module share memory with one another, or with arguments."""
-    memory = {h.tensor.untyped_storage()._cdata for h in held}
-    return len(memory) < len(held) or any(t.untyped_storage()._cdata in memory for t in call.inputs)
+    own = [_memory(h.tensor) for h in held]
+    return len({*own}) < len(own) or any(_memory(t) in own for t in call.inputs)
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return spread.local(tensor).untyped_storage()._cdata
 
 
 def _sources(

@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Iterator
 from operator import getitem
 from typing import Any, Protocol
@@ -219,10 +220,19 @@ class Recorder(TorchDispatchMode):
 
     def _pass(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Lets the classes of arguments make operations on plain tensors of one."""
-        tensors = [t for t in _tensors((args, kwargs)) if spread.is_spread(t)]
-        if not all(self.knows(spread.local(t)) for t in tensors):
-            raise CaptureError("forward reads a DTensor that is not in its modules and arguments")
-        return NotImplemented
+
+        def faked(x: Any) -> Any:
+            layout = spread.layout(x) if isinstance(x, torch.Tensor) else None
+            if layout is None or self.knows(spread.local(x)):
+                return x
+            return layout.around(self._adopt(x)[1])
+
+        tensors = _tensors((args, kwargs))
+        args, kwargs = map_aggregate(args, faked), map_aggregate(kwargs, faked)
+        if all(map(operator.is_, tensors, _tensors((args, kwargs)))):
+            return NotImplemented
+        with self:
+            return func(*args, **kwargs)
 
     def _dispatch(self, func: Any, args: Any, kwargs: Any) -> Any:
         if not isinstance(func, OpOverload):
@@ -460,8 +470,8 @@ class Recorder(TorchDispatchMode):
         finally:
             inner, self.nest = self.nest, outer
         for tensor in pytree.tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and self.knows(tensor):
-                meta = root(self.node_for(tensor)).meta
+            if isinstance(tensor, torch.Tensor) and self.knows(spread.local(tensor)):
+                meta = root(self.node_for(spread.local(tensor))).meta
                 if meta.get("nest") == inner:
                     meta["nest"] = outer
         return result

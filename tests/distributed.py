@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleInput,
@@ -33,6 +33,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import fxckpt
 from fxckpt.installation import installed
@@ -266,6 +267,24 @@ class Scaled(nn.Module):
         return x * (1 + self.hidden.weight.sum().full_tensor())
 
 
+class Hooked(nn.Module):
+    """Counts its calls in a hook of a style."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.count, self.inner = 0, nn.Identity()
+        distribute_module(self.inner, weight.device_mesh, input_fn=self.noting)
+
+    def noting(self, module: nn.Module, inputs: Any, mesh: Any) -> Any:
+        """The inputs."""
+        self.count += 1
+        return tuple(x * self.count for x in inputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x, scaled."""
+        return self.inner(x)
+
+
 class Hidden:
     """Something that holds a tensor."""
 
@@ -286,7 +305,39 @@ class Counted(nn.Module):
         return x * self.count.to_local().mean()
 
 
-FOREIGN: dict[str, Callable[[Tensor], nn.Module]] = {"elsewhere": Scaled, "in place": Counted}
+class Recomputed(nn.Module):
+    """Runs again what it does in backward, where other tensors are in the model."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x, scaled."""
+        return checkpoint(lambda x: x * self.weight.exp().sum().full_tensor(), x, **PLAIN)
+
+
+class Named(nn.Module):
+    """Gives names to a DTensor."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x, scaled."""
+        named = fxckpt.name(self.weight.exp(), "scale")
+        return x * named.sum().full_tensor()
+
+
+PLAIN: dict[str, Any] = {"use_reentrant": False}
+FOREIGN: dict[str, Callable[[Tensor], nn.Module]] = {
+    "elsewhere": Scaled,
+    "in a checkpoint": Recomputed,
+    "named": Named,
+    "in place": Counted,
+    "hook": Hooked,
+}
 
 
 # --- collectives inside of a model --------------------------------------------------------------
@@ -403,7 +454,7 @@ def collective(rank: int, how: str, kind: str) -> Result:
 # --- checkpoints --------------------------------------------------------------------------------
 
 
-def checkpoint(rank: int, how: str, folder: str) -> Result:
+def saved_and_read(rank: int, how: str, folder: str) -> Result:
     """A distributed checkpoint, of a rewritten model or of eager, read by eager."""
     model = Blocks()
     if how == "before":
@@ -436,7 +487,7 @@ def cases(folder: str) -> dict[str, Callable[[int], Result]]:
         "foreign": (foreign, ("eager", "after"), tuple(FOREIGN)),
         "collective": (collective, ("eager", "after"), tuple(COLLECTIVES)),
         "functional": (collective, ("eager", "after", "budget"), tuple(FUNCTIONAL)),
-        "checkpoint": (checkpoint, ("eager", "before"), (folder,)),
+        "checkpoint": (saved_and_read, ("eager", "before"), (folder,)),
     }
     return {
         f"{name}, {'' if kind == folder else kind}, {how}": _case(run, how, kind)
