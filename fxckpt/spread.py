@@ -18,6 +18,7 @@ This is what `torch.compile` does as well (`torch._functorch._aot_autograd.subcl
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import sys
 from collections.abc import Hashable, Iterator, Sequence
@@ -47,7 +48,8 @@ class Layout:
     def around(self, local: torch.Tensor, *, requires_grad: bool = False) -> torch.Tensor:
         """The tensor that is spread over processes, of which this process has `local`."""
         cls: Any = _class()
-        made: torch.Tensor = cls(local, self.spec, requires_grad=requires_grad)
+        spec = copy.copy(self.spec)  # that of a tensor may be changed when it is used
+        made: torch.Tensor = cls(local, spec, requires_grad=requires_grad)
         return made
 
 
