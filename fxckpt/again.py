@@ -25,6 +25,7 @@ from fxckpt.modes import AutocastState, autocast_as
 from fxckpt.programs import Program, Programs
 from fxckpt.state import Slot, substituted
 from fxckpt.symbols import Sizes
+from fxckpt.tape import base_of
 from fxckpt.transforms import Transformed
 
 
@@ -124,7 +125,7 @@ class Forward:
         contents = arguments.contents(tape.changes.numbers)
         tensors = tree.flatten((result, values, contents), known=arguments.known)[0]
         made = zip(tape.results, tensors, strict=True)
-        return {r.origin: _base(t) for r, t in made if t.requires_grad}
+        return {r.origin: base_of(t) for r, t in made if t.requires_grad}
 
     def _stand_ins(self) -> dict[int, torch.Tensor]:
         """What the model is run on again, for each primal of the call (by `id`).
@@ -172,8 +173,3 @@ class Forward:
                 "forward and a backward that has to run forward again (create_graph=True). "
                 "Change it after backward"
             )
-
-
-def _base(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor that the graph returns for a result: the one that owns the storage."""
-    return tensor._base if tensor._base is not None else tensor

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxckpt import spread
 from fxckpt.arguments import Call
 from fxckpt.capture import without_cycle
 from fxckpt.installation import original_class, original_forward
@@ -130,8 +131,12 @@ def _is_bound_to(captured: Captured, module: nn.Module, call: Call) -> bool:
 
 def _share_memory(held: Sequence[torch.Tensor], call: Call) -> bool:
     """Whether tensors of a module share memory with one another, or with arguments."""
-    memory = {t.untyped_storage()._cdata for t in held}
-    return len(memory) < len(held) or any(t.untyped_storage()._cdata in memory for t in call.inputs)
+    own = [*map(_memory, held)]
+    return len({*own}) < len(own) or any(_memory(t) in own for t in call.inputs)
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return spread.local(tensor).untyped_storage()._cdata
 
 
 def _places(captured: Captured, module: nn.Module) -> dict[str, tuple[int, str, str]] | None:

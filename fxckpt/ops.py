@@ -183,6 +183,17 @@ def is_collective(target: OpOverload) -> bool:
     return target.namespace in _COLLECTIVE
 
 
+def is_functional_collective(target: OpOverload) -> bool:
+    """Whether a collective makes new tensors, or waits for them, and does nothing besides."""
+    return target.namespace == "_c10d_functional" and not target._schema.is_mutable
+
+
+def node_is_collective(node: Node) -> bool:
+    """Whether a graph node is done together with other processes."""
+    op = operation(node)
+    return isinstance(op, OpOverload) and is_collective(op)
+
+
 def is_random(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     """Whether a call draws from a random generator, for these arguments."""
     if not isinstance(target, OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
@@ -196,10 +207,13 @@ def is_random(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
 
 
 def always_runs(node: Node) -> bool:
-    """Whether an operation has an effect besides its result: random numbers, or an error."""
+    """Whether an operation has an effect besides its result.
+
+    Random numbers, an error, or what other processes get.
+    """
     op = operation(node)
     returns = not isinstance(op, OpOverload) or op._schema.returns or op._schema.is_mutable
-    return not returns or node_is_random(node)
+    return not returns or node_is_random(node) or node_is_collective(node)
 
 
 def node_is_random(node: Node) -> bool:

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from fxckpt import ops, tree
+from fxckpt import ops, spread, tree
 from fxckpt.again import Forward, Original, State
 from fxckpt.arguments import Call
 from fxckpt.errors import CaptureError
@@ -223,10 +223,9 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Forward, *primals: torch.Tensor) -> tuple[torch.Tensor, ...]:
         program = call.program
-        results = program.run(
-            None, program.split.forward, list(primals[: len(program.split.primals)]), call.sizes
-        )
-        outputs = results[: len(program.joint.outputs)]
+        arguments = [spread.local(p) for p in primals[: len(program.split.primals)]]
+        results = program.run(None, program.split.forward, arguments, call.sizes)
+        outputs = call.programs.around_outputs(results[: len(program.joint.outputs)])
         ctx.set_materialize_grads(False)
         for residual, device in program.split.first_states.items():  # not to be kept twice
             call.random_states[device] = results[len(outputs) + residual]
@@ -241,7 +240,8 @@ class _Function(torch.autograd.Function):
     def backward(ctx: Any, *given: torch.Tensor | None) -> tuple[Any, ...]:
         cotangents = tuple(c if c is None else c.resolve_conj().resolve_neg() for c in given)
         del given
-        saved = list(ctx.saved_tensors)  # raises as eager does if one was changed, or freed
+        # Raises as eager does if one was changed, or freed.
+        saved = [spread.local(t) for t in ctx.saved_tensors]
         call: Forward = ctx.call
         if call is _FREED:
             raise RuntimeError(
@@ -255,16 +255,17 @@ class _Function(torch.autograd.Function):
             graph, extra = call.programs.backward_for(call.program, key, call.sizes)
         except CaptureError:
             return (None, *call.run_again(cotangents))
-        saved += [call.primals[i] for i in extra]
-        saved += [c for c in cotangents if c is not None]
+        saved += [spread.local(call.primals[i]) for i in extra]
+        saved += [spread.local(c) for c in cotangents if c is not None]
         ctx.maybe_clear_saved_tensors()
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             ctx.call = _FREED
-        program, sizes = call.program, call.sizes
+        programs, program, sizes = call.programs, call.program, call.sizes
         if (key, sizes) not in program.tried:
             return (None, *_first_backward(call, key, graph, saved, cotangents))
         del cotangents, call
-        return (None, *program.run(key, graph, saved, sizes))
+        gradients = program.run(key, graph, saved, sizes)
+        return (None, *programs.around_gradients(program, key, gradients))
 
 
 def _first_backward(
@@ -272,7 +273,8 @@ def _first_backward(
 ) -> Any:
     """Gradients by a backward graph that did not run yet; generically if it does not fit."""
     try:
-        return call.program.run(key, graph, values, call.sizes)
+        gradients = call.program.run(key, graph, values, call.sizes)
+        return call.programs.around_gradients(call.program, key, gradients)
     except Misfit as misfit:
         call.programs.standing.note(misfit)
     return call.run_again(cotangents)
@@ -283,7 +285,11 @@ def _key(cotangents: Sequence[torch.Tensor | None], *, dynamic: bool) -> Backwar
         return pattern(c.shape, c.stride())[0] if dynamic else c.stride()
 
     return BackwardKey(
-        tuple(None if c is None else (strides(c), c.dtype) for c in cotangents), autocast_state()
+        tuple(
+            None if c is None else (strides(spread.local(c)), c.dtype, spread.layout(c))
+            for c in cotangents
+        ),
+        autocast_state(),
     )
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as nn_module
 
-from fxckpt import tree
+from fxckpt import spread, tree
 from fxckpt.contents import MISSING, Inside, Read, is_leaf, is_plain
 from fxckpt.description import Description
 from fxckpt.installation import is_runner
@@ -210,7 +210,7 @@ def same_geometry(tensors: list[torch.Tensor], geometry: list[Any]) -> bool:
             if type(t) is not known:
                 return False
             continue
-        cls, dtype, requires_grad, shape, strides, device = known
+        cls, dtype, requires_grad, shape, strides, device, spreading = known
         if (
             t.dtype is not dtype
             or t.requires_grad is not requires_grad
@@ -218,6 +218,7 @@ def same_geometry(tensors: list[torch.Tensor], geometry: list[Any]) -> bool:
             or t.stride() != strides
             or t.device != device
             or type(t) is not cls
+            or (spreading is not None and spread.geometry(t) != spreading)
         ):
             return False
     return True
@@ -227,7 +228,8 @@ def geometry(t: torch.Tensor) -> Any:
     """What is compared of a tensor."""
     if type(t) in LAZY:
         return type(t)
-    return type(t), t.dtype, t.requires_grad, t.shape, t.stride(), t.device
+    plain = type(t), t.dtype, t.requires_grad, t.shape, t.stride(), t.device
+    return *plain, spread.geometry(t)
 
 
 def required(value: Any) -> Any:

@@ -5,7 +5,7 @@ import gc
 import random
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 import test_blocks
 import torch
+import torch.distributed as dist
 from helpers import assert_same_training, captures
 from test_memory import most_allocated
 from torch import Tensor, nn
 from torch.autograd.profiler import profile
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_module
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import fxckpt
@@ -341,6 +344,33 @@ def test_what_cannot_be_measured_is_an_error() -> None:
         fxckpt.rewrite(net(), budget=0.5, units="blocks", dynamic=True)
     with pytest.raises(fxckpt.PolicyError, match="a plan is for the model as one unit"):
         fxckpt.rewrite(net(), plan=found, units="blocks")
+
+
+@pytest.fixture
+def process() -> Iterator[None]:
+    """A group of one process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process")
+def test_nothing_is_sent_to_processes_that_do_not_measure() -> None:
+    class Sending(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            dist.all_reduce(x.detach().sum())
+            sent.append("forward")
+            return super().forward(x)
+
+    sent: list[str] = []
+    model = rewritten(Sending(*(Layer() for _ in range(3))), 0.5)
+    with pytest.raises(BudgetError, match="communicate"):
+        model(batch())
+    assert not sent
+    model = net()
+    distribute_module(model, init_device_mesh("cpu", (1,)))
+    with pytest.raises(BudgetError, match="one of class DTensor"):
+        rewritten(model, 0.5)(batch())
 
 
 def test_nothing_to_choose() -> None:

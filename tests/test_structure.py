@@ -36,6 +36,7 @@ LAYERS = (
     "arguments",
     "escapes",
     "invisible",
+    "spread",
     "levels",
     "places",
     "joint",
