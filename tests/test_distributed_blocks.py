@@ -35,11 +35,7 @@ def lean(model: nn.Module) -> nn.Module:
 
 
 def within(model: nn.Module) -> nn.Module:
-    return fxckpt.rewrite_(model, budget=1.0, planning_seconds=0.5)
-
-
-def planned(model: nn.Module) -> nn.Module:
-    return fxckpt.rewrite_(model, units="blocks", budget=0.8)
+    return fxckpt.rewrite_(model, budget=0.8)
 
 
 def inside(
@@ -54,9 +50,9 @@ WAYS: dict[str, tuple[Callable[[nn.Module], nn.Module], Callable[[nn.Module], nn
     "ddp": (DistributedDataParallel, lambda m: DistributedDataParallel(lean(m))),
     "ddp first": (DistributedDataParallel, lambda m: inside(DistributedDataParallel(m))),
     "ddp, a budget": (DistributedDataParallel, lambda m: DistributedDataParallel(within(m))),
-    "ddp first, budget": (
+    "ddp first, a budget": (
         DistributedDataParallel,
-        lambda m: inside(DistributedDataParallel(m), planned),
+        lambda m: inside(DistributedDataParallel(m), within),
     ),
     "fsdp": (shard, lambda m: shard(lean(m))),
     "fsdp first": (shard, lambda m: lean(shard(m))),
