@@ -43,7 +43,7 @@ Decision = NDArray[np.bool_]
 
 _ROUNDINGS = (0.999, 0.5, 0.001)  # what counts as saved
 _RECENT = 32  # replays that are kept
-_LESSONS, _AIMS = 3, 8  # how often to learn, and to aim lower
+_LESSONS, _AIMS = 4, 8  # how often to learn, and to aim lower
 _SHARES = (1.0, 0.85, 0.7)  # of the budget, that are aimed for from below
 # Times the bound: when to stop, to exchange, and to look from below.
 _BEST, _GOOD, _POOR = 1.02, 1.04, 1.3
