@@ -15,8 +15,8 @@ budget, and of the optimum. Four things make plans of them:
 All that is ever replayed goes into one pool, from which each budget takes the fastest that fits:
 what was found for a smaller budget is not lost for a larger one.
 
-It ends when the best is within 2 % of the bound, and is limited by a number of replays and not by a
-clock, so that it is deterministic.
+It ends when the best is within 2 % of the bound, or 4 % before it aims lower, and is limited by a
+number of replays and not by a clock, so that it is deterministic.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _ROUNDINGS = (0.999, 0.5, 0.001)  # what counts as saved
 _RECENT = 32  # replays that are kept
 _LESSONS, _AIMS = 4, 8  # how often to learn, and to aim lower
 _SHARES = (1.0, 0.85, 0.7)  # of the budget, that are aimed for from below
-# Times the bound: when to stop, to exchange, and to look from below.
+# Times the bound: when to stop, to aim and exchange, and to look from below.
 _BEST, _GOOD, _POOR = 1.02, 1.04, 1.3
 _EXCHANGES = 3  # times the replays of the other ways, where all is poor
 _FEW = 150  # values, for which exact solutions are found soon
@@ -148,13 +148,17 @@ class Search:
         """Looks for decisions within a budget, until one is near the bound."""
         if self.bound(budget) is None:
             return
-        for look in (self._look_by_learning, self._look_exactly, self._look_by_aiming):
+        for look, near in (
+            (self._look_by_learning, _BEST),
+            (self._look_exactly, _GOOD),
+            (self._look_by_aiming, _GOOD),
+        ):
             self._left = self._replays
             look(budget)
             self._sharpen(budget)
             if (known := self.best(budget)) is not None and self._is_poor(budget, _BEST):
                 self._fill(known, budget)
-            if not self._is_poor(budget, _BEST) or self._is_hopeless(budget):
+            if not self._is_poor(budget, near) or self._is_hopeless(budget):
                 return
         self._left = self._replays
         if self._is_poor(budget, _POOR):
