@@ -43,7 +43,7 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 _MOST_CUTS = 24  # rows that one round of cutting planes adds
-_MOST_NODES, _ENOUGH = 1, 3e-3  # of branching: how often, and what counts as the optimum
+_MOST_NODES, _ENOUGH = 1, 5e-3  # of branching: how often, and what counts as the optimum
 _TOLERANCE = 1e-6  # of the budget
 _NEAR = 4  # operations away
 
