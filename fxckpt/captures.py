@@ -23,8 +23,9 @@ from fxckpt.levels import Twins, outside_of_transforms, samples
 from fxckpt.locks import LOCK
 from fxckpt.modes import compiles_halves
 from fxckpt.places import Position
+from fxckpt.programs import Decide
 from fxckpt.reads import Reads
-from fxckpt.runtime import Captured, Decide
+from fxckpt.runtime import Captured
 from fxckpt.state import exchanged, held_tensors
 from fxckpt.symbols import sizes_of
 from fxckpt.tape import Tape, reported

@@ -9,7 +9,7 @@ sums of these, so what matters are proportions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from operator import getitem
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.utils.flop_counter import flop_registry
 
 from fxckpt import ops
 from fxckpt.joint import Joint
-from fxckpt.kernels import MISFITS, by_themselves, call_of, signature, values
+from fxckpt.kernels import MISFITS, by_themselves, call_of, signature, tensors_in, values
 from fxckpt.rates import Device, measured, seconds_of
 
 aten = torch.ops.aten
@@ -72,7 +72,7 @@ _FORMULAS = {
 def bytes_moved(node: Node) -> int:
     """Bytes of operands and results, repeated elements counted once for each element."""
     read: list[Any] = [value.meta["val"] for value in node.all_input_nodes]
-    return sum(t.numel() * t.element_size() for t in _tensors((read, node.meta["val"])))
+    return sum(t.numel() * t.element_size() for t in tensors_in((read, node.meta["val"])))
 
 
 def _is_free(node: Node) -> bool:
@@ -82,15 +82,7 @@ def _is_free(node: Node) -> bool:
 
 def _dtype(node: Node) -> torch.dtype:
     """The dtype that an operation computes in: that of its first operand."""
-    return next(_tensors([value.meta["val"] for value in node.all_input_nodes])).dtype
-
-
-def _tensors(tree: Any) -> Iterator[torch.Tensor]:
-    if isinstance(tree, torch.Tensor):
-        yield tree
-    elif isinstance(tree, (tuple, list)):
-        for each in tree:
-            yield from _tensors(each)
+    return next(tensors_in([value.meta["val"] for value in node.all_input_nodes])).dtype
 
 
 # --- timing ---------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ remembers the real geometry, and `Misfit` is raised once the graph is through (o
 as it may). Then
 
     forward     takes back what it did to buffers and random states, and the call is captured anew
-    backward    takes the generic route (see `runtime`); the next forward is captured anew
+    backward    takes the generic route (see `again`); the next forward is captured anew
 
 A result that differs again, though its geometry was learned, ends in a `CaptureError`.
 """

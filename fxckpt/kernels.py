@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,15 @@ _profiler: Any = torch._C._profiler
 def signature(node: Node) -> str:
     """What an operation does: equal for nodes that do the same work."""
     return str((ops.operation(node), _described((ops.op_arguments(node), node.kwargs))))
+
+
+def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
+    """The tensors in tuples and lists."""
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, (tuple, list)):
+        for each in tree:
+            yield from tensors_in(each)
 
 
 def values(tree: Any) -> Any:
@@ -75,12 +84,15 @@ def workspace(node: Node) -> int | None:
         None if that cannot be measured: the graph is that of a model on fake tensors or on another
         device, the operation does not run on random operands, or the program itself is profiling.
     """
-    if not _can_be_measured(node):
+    involved = [*tensors_in(([n.meta["val"] for n in node.all_input_nodes], node.meta["val"]))]
+    if not involved or not all(t.device.type == "cpu" and stands_for_real(t) for t in involved):
         return None
-    if _needs_nothing(node):
+    if _needs_nothing(ops.operation(node), involved):
         return 0
     key = signature(node), torch.get_num_threads()
     if key not in _known:
+        if _autograd._profiler_enabled():
+            return None
         if len(_known) >= _MOST_KNOWN:
             _known.clear()
         _known[key] = _measured(node)
@@ -91,19 +103,12 @@ _known: dict[Hashable, int | None] = {}
 _MOST_KNOWN = 10_000
 
 
-def _can_be_measured(node: Node) -> bool:
-    tensors = list(_tensors(node))
-    return bool(tensors) and all(t.device.type == "cpu" and stands_for_real(t) for t in tensors)
-
-
-def _needs_nothing(node: Node) -> bool:
-    op: Any = ops.operation(node)
+def _needs_nothing(op: Any, involved: Sequence[torch.Tensor]) -> bool:
     if not isinstance(op, OpOverload):
         return False
-    tensors = list(_tensors(node))
-    alike = len({t.dtype for t in tensors}) == 1 and all(map(_is_dense, tensors))
+    alike = len({t.dtype for t in involved}) == 1 and all(map(_is_dense, involved))
     if op in _PRODUCTS:
-        return alike and tensors[0].dtype in (torch.float32, torch.float64)
+        return alike and involved[0].dtype in (torch.float32, torch.float64)
     return alike and torch.Tag.pointwise in op.tags and op not in _NOT_ELEMENT_BY_ELEMENT
 
 
@@ -128,17 +133,13 @@ def _measured(node: Node) -> int | None:
     return None
 
 
-# What operations raise if random operands do not fit together, and profilers if one is active.
+# What operations raise if random operands do not fit together.
 MISFITS = (RuntimeError, IndexError, TypeError, ValueError)
 
 
 @contextlib.contextmanager
 def _allocations() -> Iterator[list[int]]:
-    """The bytes that this thread allocates (positive) and frees (negative), in order.
-
-    Raises:
-        RuntimeError: if the program is profiling this thread.
-    """
+    """The bytes that this thread allocates (positive) and frees (negative), in order."""
     sizes: list[int] = []
     options = False, True, False, False, False  # only memory, of these
     state = _profiler.ProfilerState.CPU
@@ -151,21 +152,6 @@ def _allocations() -> Iterator[list[int]]:
         threads = _autograd._disable_profiler_legacy()
     events = [event for events in threads for event in events]
     sizes += [e.cpu_memory_usage() for e in events if e.kind() == "memory_alloc"]
-
-
-def _tensors(node: Node) -> Iterator[torch.Tensor]:
-    read = [value.meta["val"] for value in node.all_input_nodes]
-    for each in _leaves((read, node.meta["val"])):
-        if isinstance(each, torch.Tensor):
-            yield each
-
-
-def _leaves(tree: Any) -> Iterator[Any]:
-    if isinstance(tree, (tuple, list)):
-        for each in tree:
-            yield from _leaves(each)
-    else:
-        yield tree
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:

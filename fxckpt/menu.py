@@ -15,8 +15,8 @@ from fxckpt.errors import BudgetError
 from fxckpt.joint import Joint
 from fxckpt.memory import Memory
 from fxckpt.planner import Planner, are_here, costs_of
+from fxckpt.programs import Program
 from fxckpt.replay import Needs
-from fxckpt.runtime import Program
 from fxckpt.schedule import Choice
 from fxckpt.tape import BackwardKey
 

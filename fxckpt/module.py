@@ -16,7 +16,7 @@ from fxckpt.errors import BudgetError, FxckptError, PolicyError
 from fxckpt.installation import install, installed, runner_of, twin, uninstall
 from fxckpt.planner import AsPlanned, WithinBudget
 from fxckpt.plans import Plan
-from fxckpt.runtime import Decide
+from fxckpt.programs import Decide
 from fxckpt.unit import Unit
 
 M = TypeVar("M", bound=nn.Module)

@@ -190,10 +190,10 @@ def _forward(tensors: list[torch.Tensor], number: int) -> list[torch.Tensor]:
     ):
         run = _Run(about, tensors)
         outputs = run.outputs()
+        edges = {i: get_gradient_edge(t) for i, t in enumerate(outputs) if t.requires_grad}
     ticket = next(_tickets)
     kept = _Kept(ticket.to_bytes(8, "little"))
-    kept.outputs = {i: get_gradient_edge(t) for i, t in enumerate(outputs) if t.requires_grad}
-    kept.takes = run.edges
+    kept.outputs, kept.takes = edges, run.edges
     _kept[ticket] = kept
     results = [t.detach() for t in (*outputs, *(run.there[i] for i in about.written))]
     del run, outputs

@@ -426,20 +426,26 @@ def inplace(op: OpOverload, plan: Plan, /, *args: Any, **kwargs: Any) -> Any:
     return results[0] if len(results) == 1 else results
 
 
-def purely(op: OpOverload, plan: Plan, /, *args: Any, **kwargs: Any) -> Any:
+def purely(op: OpOverload, plan: Plan, strides: Any, /, *args: Any, **kwargs: Any) -> Any:
     """`inplace` on tensors that may be wrapped by transforms; on dense ones it does the same.
 
-    What is written is a batch if anything that the operation takes is one.
+    What is written is a batch if anything that the operation takes is one. A view is taken of what
+    is laid out as it was captured, which the samples of a batch need not be.
+
+    Args:
+        op: As for `inplace`, like the rest.
+        plan: Likewise.
+        strides: Those that each mutated argument was captured with.
     """
     call_args, call_kwargs, bases = list(args), dict(kwargs), []
     batches = [t for t in (*args, *kwargs.values()) if _is_batched(t)]
-    for where, view, _ in plan:
+    for (where, view, _), stride in zip(plan, strides, strict=True):
         holder: Any = call_args if isinstance(where, int) else call_kwargs
         base = holder[where].clone()
-        if batches and not _is_batched(base):
+        like = base if _is_batched(base) or not batches else batches[0]
+        if like is not base or (view is not None and base.stride() != stride):
             options: Any = {"dtype": base.dtype, "device": base.device}
-            batch = batches[0].new_empty_strided(base.size(), base.stride(), **options)
-            base = batch.copy_(base)
+            base = like.new_empty_strided(base.size(), stride, **options).copy_(base)
         bases.append(base)
         holder[where] = base if view is None else torch.as_strided(base, *view)
     returned = op(*call_args, **call_kwargs)

@@ -301,6 +301,13 @@ _ON_ANY_STRIDES: dict[Any, Any] = {
 }
 
 
+def _strides_of_mutated(args: Any, kwargs: Any) -> list[tuple[int, ...]]:
+    """The strides of what an `inplace` works on, as captured."""
+    _, plan, *rest = args
+    mutated = [rest[key] if isinstance(key, int) else kwargs[key] for key, _, _ in plan]
+    return [node.meta["val"].stride() for node in mutated]
+
+
 class _Emitter:
     """Writes one function.
 
@@ -320,13 +327,13 @@ class _Emitter:
     def run(self, step: Node) -> None:
         """Adds an operation; one whose result was given is computed, too, for who reads it."""
         target, args, kwargs = recomputation(step)
+        strides = _strides_of_mutated(args, kwargs) if target is ops.inplace else ()
         args, kwargs = torch.fx.node.map_arg((args, kwargs), self._copies.__getitem__)
         if self._decompose and decompositions.lacks_rules(step):
             target, args = decompositions.run, (ops.operation(step), *ops.op_arguments(step))
             args = torch.fx.node.map_arg(args, self._copies.__getitem__)
         elif target is ops.inplace:
-            op, plan, *rest = args
-            target, args = ops.purely, (op, [(key, view, True) for key, view, _ in plan], *rest)
+            target, args = ops.purely, (*args[:2], strides, *args[2:])
         if (like := step.meta.get("like")) in self._copies:
             target, args = ops.made_like, (target, self._copies[like], *args)
         self._add(step, _ON_ANY_STRIDES.get(target, target), args, kwargs)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fxckpt.invisible import outside_of_modes
+from fxckpt.kernels import by_themselves
 
 # What kernels achieve of the figures in datasheets, which nothing reaches: large matrix products
 # come to 60 to 80 % of the arithmetic, copies to 80 to 90 % of the bandwidth.
@@ -109,7 +109,7 @@ def measured(device: torch.device) -> Device:
         flops = {getattr(torch, name): rate for name, rate in found["flops"].items()}
         return Device(str(device), flops, found["bandwidth"], found["launch"])
     size, length = (4096, 1 << 26) if device.type == "cuda" else (384, 1 << 24)
-    with outside_of_modes(), torch.no_grad(), torch.autocast(device.type, enabled=False):
+    with by_themselves(device):
         made = Device(
             str(device),
             {dtype: _matrix_rate(device, dtype, size) for dtype in _DTYPES},

@@ -380,10 +380,18 @@ def ctc_loss(
 
 
 def padded(x: torch.Tensor, pad: Sequence[int], value: float = 0) -> torch.Tensor:
-    """`constant_pad_nd`, whose fake kernel takes symbols for the numbers of one call (2.13)."""
+    """`constant_pad_nd`, whose fake kernel takes symbols for the numbers of one call (2.13).
+
+    The real kernel clones what is left if nothing is added on any side; the decomposition only if
+    something is taken away from each.
+    """
     if symbols.is_static(x) and not any(map(symbols.is_symbolic, pad)):
         return aten.constant_pad_nd.default(x, pad, value)
-    return decomposition_table[aten.constant_pad_nd.default](x, pad, value)
+    if not all(n <= 0 for n in pad):
+        return decomposition_table[aten.constant_pad_nd.default](x, pad, value)
+    for dim, (before, after) in enumerate(zip(pad[::2], pad[1::2], strict=True), 1):
+        x = x.narrow(-dim, -before, x.size(-dim) + before + after)
+    return x.clone()
 
 
 def decomposed(func: OpOverload) -> Callable[..., Any] | None:

@@ -33,6 +33,7 @@ from torch.fx.node import map_aggregate
 from torch.utils._sympy.functions import FloatTrueDiv, IntTrueDiv, ToFloat
 from torch.utils._sympy.printers import PythonPrinter
 from torch.utils._sympy.value_ranges import ValueRanges
+from typing_extensions import Self
 
 from fxckpt import invisible
 from fxckpt.errors import CaptureError
@@ -44,14 +45,14 @@ SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _NAMESPACE = {"math": math}
 
 
-class Size(int):
-    """A number that follows from sizes: that of one call, which prints as the expression for it."""
+class _Expressed:
+    """A number of one call, which prints as the expression for it."""
 
     source: str
 
-    def __new__(cls, value: int, source: str) -> Size:
+    def __new__(cls, value: Any, source: str) -> Self:
         """A number of one call."""
-        new = super().__new__(cls, value)
+        new = super().__new__(cls, value)  # type: ignore[call-arg]
         new.source = source
         return new
 
@@ -61,21 +62,12 @@ class Size(int):
     __str__ = __repr__
 
 
-class Quotient(float):
+class Size(_Expressed, int):
+    """A number that follows from sizes."""
+
+
+class Quotient(_Expressed, float):
     """Likewise a floating-point number, such as a scale."""
-
-    source: str
-
-    def __new__(cls, value: float, source: str) -> Quotient:
-        """A number of one call."""
-        new = super().__new__(cls, value)
-        new.source = source
-        return new
-
-    def __repr__(self) -> str:
-        return self.source
-
-    __str__ = __repr__
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -178,7 +170,7 @@ def at(tree: Any, sizes: Sizes) -> Any:
 
 
 def _at(value: Any, sizes: Sizes) -> Any:
-    if isinstance(value, (Size, Quotient)):
+    if isinstance(value, _Expressed):
         return _function(value.source, len(sizes))(*sizes)
     return value
 
@@ -188,7 +180,7 @@ def are_in(graph: Graph) -> bool:
     found: list[Any] = []
 
     def look(value: Any) -> None:
-        if isinstance(value, (Size, Quotient)):
+        if isinstance(value, _Expressed):
             found.append(value)
 
     for node in graph.nodes:
@@ -242,7 +234,7 @@ def look_alike(one: Any, other: Any) -> bool:
 
 
 def _expressions(value: Any) -> Any:
-    return map_aggregate(value, lambda x: x.source if isinstance(x, (Size, Quotient)) else x)
+    return map_aggregate(value, lambda x: x.source if isinstance(x, _Expressed) else x)
 
 
 # -- a capture
@@ -348,7 +340,7 @@ class Symbols:
         Raises:
             CaptureError: if no plain expression computes it.
         """
-        if isinstance(value, (Size, Quotient)):
+        if isinstance(value, _Expressed):
             return type(value)(_at(value, sizes), value.source)
         if not is_symbolic(value):
             return value

@@ -194,7 +194,7 @@ def run_within(options: Options, module: nn.Module, args: Any, kwargs: Any) -> A
 
 def run_traced(module: nn.Module, args: Any, kwargs: Any) -> Any:
     """Runs the forward of a rewritten module inside of `torch.compile`."""
-    if torch.compiler.is_exporting():
+    if torch.compiler._is_exporting_flag:  # to Dynamo, is_exporting() is always true in 2.11
         return original_forward(module)(*args, **kwargs)
     from fxckpt import traced  # and with it Dynamo, which takes seconds
 
@@ -276,7 +276,7 @@ def is_traced(module: nn.Module) -> bool:
         is_capturing()
         or torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
-        or torch.fx._symbolic_trace._is_fx_tracing_flag
+        or torch.fx._symbolic_trace.is_fx_symbolic_tracing()
         or (levels.is_active() and not levels.are_known())
         or _has_function_mode()
         or torch.nn.utils.parametrize._cache_enabled > 0

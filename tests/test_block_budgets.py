@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import test_blocks
 import torch
-import torch.nn.functional as F
 from helpers import assert_same_training, captures
 from test_memory import most_allocated
 from torch import Tensor, nn
@@ -27,32 +27,21 @@ WIDTH, ROWS = 16, 2048
 TINY = {"vocab_size": 64, "bos_token_id": 0, "eos_token_id": 0}
 
 
-class Layer(nn.Module):
-    """A feed-forward layer with dropout, statistics, and activations that are worth keeping."""
+class Layer(test_blocks.Layer):
+    """Activations are worth keeping."""
 
     def __init__(self, width: int = WIDTH, *, scale: float = 1.0) -> None:
-        super().__init__()
-        self.scale, self.norm, self.drop = scale, nn.BatchNorm1d(width), nn.Dropout(0.1)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.scale * self.drop(self.down(F.gelu(self.up(self.norm(x)))))
+        super().__init__(width, scale=scale)
 
 
-class Net(nn.Module):
-    """A stack of layers with Python around it that no graph can hold."""
+class Net(test_blocks.Net):
+    """Returns a loss."""
 
     def __init__(self, *layers: nn.Module) -> None:
-        super().__init__()
-        self.stem, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)
-        self.layers = nn.ModuleList(layers)
+        super().__init__(*layers, width=WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        for layer in self.layers:
-            x = layer(x)
-            x = x if float(x.detach().sum()) > 0 else -x
-        return self.head(x).square().sum()
+        return super().forward(x).square().sum()
 
 
 class Twice(Net):

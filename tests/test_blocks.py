@@ -49,9 +49,9 @@ class Layer(nn.Module):
 class Net(nn.Module):
     """A stack of layers with Python around it that no graph can hold."""
 
-    def __init__(self, *layers: nn.Module) -> None:
+    def __init__(self, *layers: nn.Module, width: int = WIDTH) -> None:
         super().__init__()
-        self.stem, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)
+        self.stem, self.head = nn.Linear(width, width), nn.Linear(width, 3)
         self.layers = nn.ModuleList(layers)
 
     def forward(self, x: Tensor) -> Tensor:

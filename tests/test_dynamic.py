@@ -31,7 +31,7 @@ from transformers import (
 )
 
 import fxckpt
-from fxckpt import runtime, shapes, symbols
+from fxckpt import programs, shapes, symbols
 from fxckpt.functional import module_of
 from fxckpt.installation import runner_of
 from fxckpt.symbols import pattern, strides_like
@@ -358,6 +358,14 @@ def test_a_program_is_captured_once(function: Any) -> None:
     model = run_program(function)
     assert not reasons(model)
     assert len(captures(model)) <= 2  # an inner size may be 1
+
+
+def test_what_is_taken_away_is_laid_out_as_by_the_kernel() -> None:
+    def padding(f: nn.Module, x: Tensor) -> Tensor:
+        y = x.masked_fill(x > x.mean(), 0.5)
+        return f(F.pad(y, (0, 0, 1, x.shape[0])))  # backward takes away, of a batch of one
+
+    run_program(padding, [(1, 2), (1, 3)])
 
 
 def test_each_branch_has_its_own_capture() -> None:
@@ -767,7 +775,7 @@ def test_known_sizes_are_not_checked_again(monkeypatch: pytest.MonkeyPatch) -> N
     def fail(*_: Any) -> None:
         pytest.fail("a first run")
 
-    monkeypatch.setattr(runtime.first_run, "run", fail)
+    monkeypatch.setattr(programs.first_run, "run", fail)
     for size in SIZES:
         model(tokens(*size)).sum().backward()
 

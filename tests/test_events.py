@@ -5,6 +5,7 @@ import os
 import warnings
 from typing import Any
 
+import pytest
 import torch
 from helpers import content, describe, seed_all, total
 from hypothesis import settings
@@ -293,4 +294,4 @@ class Events(RuleBasedStateMachine):
 
 
 Events.TestCase.settings = settings(max_examples=EXAMPLES, stateful_step_count=25, deadline=None)
-TestEvents = Events.TestCase
+TestEvents = pytest.mark.slow(Events.TestCase)

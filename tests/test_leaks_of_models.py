@@ -31,6 +31,8 @@ from weighing import (
 
 import fxckpt
 
+pytestmark = pytest.mark.slow  # together they take minutes
+
 # --- models ---------------------------------------------------------------------------------------
 
 USES: dict[str, Callable[[nn.Module], Any]] = {

@@ -22,6 +22,8 @@ from weighing import alive, assert_steady, batch, no_collector, quiet, step
 import fxckpt
 from fxckpt import CaptureError
 
+pytestmark = pytest.mark.slow  # together they take minutes
+
 # --- what a step leaves ---------------------------------------------------------------------------
 
 Scenario = Callable[[nn.Module, Callable[[], int]], list[int]]

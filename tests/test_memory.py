@@ -39,7 +39,7 @@ from torch.nn import functional as F
 
 import fxckpt
 from bench.models import build
-from fxckpt import kernels, ledger, memory, ops, runtime, workspace
+from fxckpt import kernels, ledger, memory, ops, programs, workspace
 from fxckpt.policies import resolve
 
 aten = torch.ops.aten
@@ -102,10 +102,10 @@ class Watch:
         self._outputs: list[Tensor] = []
 
     def run(
-        self, program: runtime.Program, key: Any, graph: Any, values: list[Any], sizes: Any
+        self, program: programs.Program, key: Any, graph: Any, values: list[Any], sizes: Any
     ) -> Any:
         program.tried.add((key, sizes))
-        with runtime._as_recorded():
+        with programs._as_recorded():
             if key is None:
                 return self._run_forward(program, graph, values)
             held = [*self._outputs, *values[-len(program.joint.cotangents) :]]
@@ -113,7 +113,7 @@ class Watch:
             results, self.backward = interpret(graph.graph, values, self._there, held)
             return results
 
-    def _run_forward(self, program: runtime.Program, graph: Any, values: list[Any]) -> Any:
+    def _run_forward(self, program: programs.Program, graph: Any, values: list[Any]) -> Any:
         self._primals = list(values)  # which would free their addresses for others if they died
         self._there = set(storages(values))
         besides = sum(values[i].nbytes for i in program.fragile)
@@ -128,12 +128,12 @@ class Watch:
 @contextmanager
 def watched() -> Iterator[Watch]:
     """Graphs run inside are watched."""
-    watch, original = Watch(), runtime.Program.run
-    runtime.Program.run = lambda self, *args: watch.run(self, *args)
+    watch, original = Watch(), programs.Program.run
+    programs.Program.run = lambda self, *args: watch.run(self, *args)
     try:
         yield watch
     finally:
-        runtime.Program.run = original
+        programs.Program.run = original
 
 
 def assert_agrees(watch: Watch, model: nn.Module, decide: Any) -> None:
@@ -327,6 +327,15 @@ def test_what_kernels_take_is_measured(name: str, with_workspaces: None) -> None
     joint = joint_of(new)
     planned = memory.Memory(joint, outputs_held=False).replay(resolve("everything")(joint)).peak
     assert planned == pytest.approx(peak, rel=0.002)
+
+
+def test_what_kernels_take_is_not_measured_while_the_program_profiles() -> None:
+    """Nor is that remembered."""
+    joint = joint_graph(lambda m, x: (x @ m.weight).mT.softmax(-1), torch.ones(3, 7, 8))
+    node = next(n for n in joint.forward_nodes() if "softmax" in n.name)
+    with profile():
+        assert kernels.workspace(node) is None
+    assert kernels.workspace(node) == 3 * 7 * 8 * 4
 
 
 class Parameters(nn.Module):

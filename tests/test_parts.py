@@ -353,6 +353,7 @@ def test_verify_by_parts() -> None:
         fxckpt.verify(Net(data_dependent), batch(0), policy="nothing")
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @given(
     first=st.sampled_from(sorted(ODD)),

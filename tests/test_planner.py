@@ -203,7 +203,9 @@ def test_measured_peak_is_within_the_budget(fraction: float) -> None:
     assert plan.eager_peak == pytest.approx(eager, rel=0.1)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "bert", "resnet", "unet", "t5"])
+@pytest.mark.parametrize(
+    "name", ["gpt2", "bert", "resnet", "unet", pytest.param("t5", marks=pytest.mark.slow)]
+)
 def test_training_within_a_budget_is_exact(name: str) -> None:
     """Half way between the least and the most."""
     case = build(name, tiny=True)
@@ -291,6 +293,7 @@ def test_views_with_several_results() -> None:
     assert fxckpt.plan(model, x, budget=1.0, device="v100").peak > 0
 
 
+@pytest.mark.slow
 def test_views_with_several_results_that_are_changed_in_place() -> None:
     """The cells of a recurrent layer compute each gate where it is."""
 

@@ -69,6 +69,7 @@ def test_plan_with_an_unknown_entry(tmp_path: Path) -> None:
         Plan.load(path)
 
 
+@pytest.mark.slow
 def test_the_fingerprint_is_the_same_in_another_process() -> None:
     """Where strings have other hashes, and objects other addresses."""
     code = (
@@ -221,6 +222,7 @@ def test_largest_batch(memory: int | str) -> None:
         planned(model, *make(fit.batch + 1), budget=memory)
 
 
+@pytest.mark.slow
 def test_largest_batch_of_a_model_on_fake_tensors() -> None:
     with FakeTensorMode():
         model, *_ = two_inputs()

@@ -94,6 +94,8 @@ LAYERS = (
     "decompositions",
     "pure",
     "transforms",
+    "programs",
+    "again",
     "runtime",
     "menu",
     "steps",

@@ -76,6 +76,7 @@ PATTERNS: list[Callable[[Any], Tensor]] = [
 ]
 
 
+@pytest.mark.slow
 def test_new_patterns_of_gradients_in_two_threads() -> None:
     """Each makes another backward graph of the same captured forward."""
     base = Several()
@@ -89,6 +90,7 @@ def test_new_patterns_of_gradients_in_two_threads() -> None:
     assert len(captures(model)) == 1
 
 
+@pytest.mark.slow
 def test_backward_is_derived_while_another_is() -> None:
     meeting = Meeting()
     base = Several(meeting)

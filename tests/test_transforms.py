@@ -518,6 +518,7 @@ def test_a_budget_is_that_of_the_batch() -> None:
     assert peaks[1] <= budget + 4 * x.nbytes < peaks[0]
 
 
+@pytest.mark.slow
 def test_every_pair_of_transforms() -> None:
     lean = checkpoint(chain, strict=True)
     for first, second in itertools.product(OUTER, repeat=2):

@@ -102,7 +102,7 @@ def as_expected(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         Captured,
         "backward_for",
-        lambda self, call, key: next(iter(call.program.backwards.values())),
+        lambda self, program, key, sizes: next(iter(program.backwards.values())),
     )
 
 

@@ -75,7 +75,7 @@ def without_bases(patch: pytest.MonkeyPatch) -> None:
 
 def unmarked(patch: pytest.MonkeyPatch) -> None:
     """Autograd is not told which outputs have no gradient."""
-    patch.setattr(Captured, "mark_outputs", lambda *_: None)
+    patch.setattr(Captured, "without_gradient", lambda *_: [])
 
 
 def without_grad(function: Callable[[], Any]) -> Any:
