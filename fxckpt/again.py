@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -25,7 +25,21 @@ from fxckpt.modes import AutocastState, autocast_as
 from fxckpt.programs import Program, Programs
 from fxckpt.state import Slot, substituted
 from fxckpt.symbols import Sizes
+from fxckpt.tape import base_of
 from fxckpt.transforms import Transformed
+
+
+class State(Protocol):
+    """The state of a module, by number.
+
+    Attributes:
+        latest: When it was last looked at, which is when a call began.
+    """
+
+    latest: int | None
+
+    def state(self) -> int | None:
+        """Now."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -37,14 +51,14 @@ class Original:
         spec: Structure of its (args, kwargs).
         autocast: The state of autocast in which it was captured.
         module: The module whose tensors it reads, if any.
-        state: Tells the state of the module; another answer means that a rerun would differ.
+        state: Of the module; another one means that a rerun would differ.
     """
 
     function: Callable[..., Any]
     spec: tree.Spec
     autocast: AutocastState
     module: weakref.ref[torch.nn.Module] | None  # which keeps this
-    state: Callable[[], Any]
+    state: State
 
 
 @dataclasses.dataclass(slots=True)
@@ -111,7 +125,7 @@ class Forward:
         contents = arguments.contents(tape.changes.numbers)
         tensors = tree.flatten((result, values, contents), known=arguments.known)[0]
         made = zip(tape.results, tensors, strict=True)
-        return {r.origin: _base(t) for r, t in made if t.requires_grad}
+        return {r.origin: base_of(t) for r, t in made if t.requires_grad}
 
     def _stand_ins(self) -> dict[int, torch.Tensor]:
         """What the model is run on again, for each primal of the call (by `id`).
@@ -153,14 +167,9 @@ class Forward:
                 "one of the variables needed for gradient computation has been modified by an "
                 f"inplace operation: {changed[0]} was changed between forward and backward"
             )
-        if self.original.state() != self.state:
+        if self.original.state.state() != self.state:
             raise FxckptError(
                 "the module was changed (training mode, hyperparameters, parameters) between "
                 "forward and a backward that has to run forward again (create_graph=True). "
                 "Change it after backward"
             )
-
-
-def _base(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor that the graph returns for a result: the one that owns the storage."""
-    return tensor._base if tensor._base is not None else tensor

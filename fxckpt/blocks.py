@@ -18,7 +18,7 @@ import contextlib
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from fxckpt.arguments import Call
 from fxckpt.budgeting import Budgeting
 from fxckpt.capture import is_capturing
 from fxckpt.captures import Captures, Options
-from fxckpt.errors import CaptureError, FallbackWarning, FxckptError, PolicyError
+from fxckpt.errors import BudgetError, CaptureError, FallbackWarning, FxckptError, PolicyError
 from fxckpt.installation import exchange, installed, original_class, original_forward
 from fxckpt.kin import Kin
 from fxckpt.parts import CastOnce, Parts, has_forward, is_composed
@@ -81,15 +81,29 @@ class Blocks:
         if self._structure != _structure(self._containers):
             self.parts = self._found(module)
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            with self.parts.in_place():
-                return original_forward(module)(*args, **kwargs)
-
-        budgeting = self.budgeting
+        forward, budgeting = self._forward_of(module), self.budgeting
         if budgeting is None or budgeting.is_running or is_traced(module) or levels.is_active():
             return forward(*args, **kwargs)
         with budgeting.planned(module, forward, args, kwargs):
             return forward(*args, **kwargs)
+
+    def plan(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Plans for a call, if there is a budget.
+
+        Raises:
+            BudgetError: if that is refused; nothing has happened then.
+        """
+        if self.budgeting is not None:
+            self.budgeting.plan(module, self._forward_of(module), args, kwargs)
+
+    def _forward_of(self, module: nn.Module) -> Callable[..., Any]:
+        """The forward of the module, in which blocks run by their units."""
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with self.parts.in_place():
+                return original_forward(module)(*args, **kwargs)
+
+        return forward
 
     @property
     def called(self) -> bool:
@@ -164,11 +178,13 @@ class Undecided:
     """Decides at the first call whether the model is one unit, or its blocks are.
 
     Blocks are units if there are many that look alike, so that capturing one of them is much
-    quicker, or if other processes wait for gradients. Then what lies outside of them is saved.
+    quicker, or if other processes wait for gradients. Then what lies outside of them is saved. A
+    budget holds for the whole step in any case; where it cannot be planned over blocks, the model
+    is one unit.
 
     Args:
         options: What `rewrite` was called with.
-        whole: Whether the policy, as a budget, is one for the whole model.
+        whole: Whether the policy is one for the whole model.
     """
 
     passing = False  # on the module until it is restored
@@ -187,7 +203,9 @@ class Undecided:
             return run_traced(module, args, kwargs)
         if is_capturing():  # something around it; that does not change it
             return run_within(self.options, module, args, kwargs)
-        return self._decided(module)(module, args, kwargs)
+        if is_traced(module):
+            return original_forward(module)(*args, **kwargs)
+        return self._decided(module, args, kwargs)(module, args, kwargs)
 
     def prepare(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Captures the model as one."""
@@ -197,14 +215,15 @@ class Undecided:
         """What is captured of the model as one for a call."""
         return self._as_one(module).found(module, args, kwargs)
 
-    def _as_one(self, module: nn.Module) -> Unit:
+    def _as_one(self, module: nn.Module, why: str = "") -> Unit:
         unit = Unit(module, self.options)
+        unit.why += why
         exchange(module, unit)
         return unit
 
     def require(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """See `Unit.require`."""
-        self._decided(module).require(module, args, kwargs)
+        self._decided(module, args, kwargs).require(module, args, kwargs)
 
     def captured(self) -> list[tuple[str, Captured]]:
         """Nothing yet."""
@@ -221,13 +240,25 @@ class Undecided:
     def __deepcopy__(self, _: Any) -> Undecided:
         return self
 
-    def _decided(self, module: nn.Module) -> Unit | Blocks:
-        if not self._whole and (why := _why_blocks(module)):
-            with contextlib.suppress(PolicyError):
+    def _decided(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Unit | Blocks:
+        has_budget = isinstance(self.options.decide, WithinBudget)
+        # Under `vmap`, a budget is that of all samples, which is known of a graph alone.
+        whole = self._whole or (has_budget and levels.is_active())
+        why, refused = "" if whole else _why_blocks(module), ""
+        if why:
+            try:
                 runner = Blocks(module, self.options, "blocks", why)
+                runner.plan(module, args, kwargs)
                 exchange(module, runner)
                 return runner
-        return self._as_one(module)
+            except PolicyError:
+                pass  # they are rewritten already
+            except BudgetError as error:
+                reason = str(error).partition(". ")[0]
+                refused = f", as its budget over blocks is refused: {reason}"
+        return self._as_one(module, refused)
 
 
 _OFTEN = 32

@@ -170,18 +170,36 @@ class Budgeting:
         Raises:
             BudgetError: if no plan fits, or the step cannot be measured; nothing has run then.
         """
-        key = _key(module, args, kwargs)
-        if key not in self._plans:
-            self._plans[key] = self._plan(module, forward, args, kwargs)
-            if len(self._plans) > self._most:
-                self._plans.popitem(last=False)
-        self._plans.move_to_end(key)
+        key = self.plan(module, forward, args, kwargs)
         self.latest = plan = self._plans[key]
         following = Following(plan)
         with self._as_current(following):
             yield
         if following.unknown:
             self._note_surprise(key, following.unknown[0])
+
+    def plan(
+        self,
+        module: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Hashable:
+        """Plans for a call, if there is no plan for it yet.
+
+        Returns:
+            What finds it again.
+
+        Raises:
+            BudgetError: see `planned`.
+        """
+        key = _key(module, args, kwargs)
+        if key not in self._plans:
+            self._plans[key] = self._plan(module, forward, args, kwargs)
+            if len(self._plans) > self._most:
+                self._plans.popitem(last=False)
+        self._plans.move_to_end(key)
+        return key
 
     def _note_surprise(self, key: Hashable, path: str) -> None:
         self._surprises += 1

@@ -30,11 +30,11 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Node
 
-from fxckpt import checkpoints, invisible, tree
+from fxckpt import checkpoints, invisible, spread, tree
 from fxckpt.arguments import Arguments, Call
 from fxckpt.errors import CaptureError
 from fxckpt.holders import Surroundings
-from fxckpt.joint import Primal
+from fxckpt.joint import Primal, root
 from fxckpt.keeping import without_escapes
 from fxckpt.locks import LOCK
 from fxckpt.places import ROOT, Places, Position
@@ -42,7 +42,7 @@ from fxckpt.reads import Reads, attributes_read
 from fxckpt.recorder import Recorder
 from fxckpt.state import Assignment, Held, held_tensors, substituted
 from fxckpt.symbols import SYMBOLIC, Symbols, are_in, hints
-from fxckpt.tape import Result, Tape, reported
+from fxckpt.tape import Result, Tape, base_of, reported
 from fxckpt.values import Guard, evaluate, is_readable, make_guard, summary
 
 
@@ -163,7 +163,7 @@ class _Session:
         for i, (tensor, label) in enumerate(zip(self.inputs, labels, strict=True)):
             if id(tensor) not in self.primals:
                 self._add_primal(tensor, label, "input", (None, i))
-        fakes = [self.primals[id(t)].fake for t in self.inputs]
+        fakes = [self.primals[id(t)].stand_in for t in self.inputs]
         arguments = Arguments(self.input_spec, fakes)
         shared = arguments.shared_with(self.parts)
         try:
@@ -216,11 +216,12 @@ class _Session:
             stack.enter_context(invisible.other_branches_refused())
             stack.enter_context(invisible.leaves_as(self._argument_behind))
             stack.enter_context(torch.autograd.set_detect_anomaly(False))
+            stack.enter_context(spread.placements_found_outside())
             if not isinstance(next(iter(self.inputs), None), FakeTensor):
                 stack.enter_context(invisible.no_fake_tensors_seen())
             if self.module is not None:
                 invisible.refuse_hooks(self.module)
-                fakes = {key: p.fake for key, p in self.primals.items()}
+                fakes = {key: p.stand_in for key, p in self.primals.items()}
                 assignments = stack.enter_context(substituted(self.module, fakes))
             stack.enter_context(self.places.followed())
             stack.enter_context(self.fake_mode)
@@ -233,20 +234,28 @@ class _Session:
     def _add_primal(self, tensor: torch.Tensor, name: str, kind: str, source: Any) -> Primal:
         if isinstance(tensor, FakeTensor) and tensor.fake_mode is not self.own:
             raise CaptureError("forward reads a tensor that was left by another capture")
-        size: Any = tensor.size()
-        stride: Any = tensor.stride()
+        local, layout = spread.local(tensor), spread.layout(tensor)
+        size: Any = local.size()
+        stride: Any = local.stride()
+        if layout is not None and self.symbols.environment is not None and kind == "input":
+            raise CaptureError("an argument whose sizes may change is a DTensor")
         if kind == "input":
-            size, stride = self.symbols.geometry(tensor)
-        fake = _fake_like(tensor, self.fake_mode, size, stride)
+            size, stride = self.symbols.geometry(local)
+        if layout is None:
+            fake = stand_in = _fake_like(tensor, self.fake_mode, size, stride)
+        else:
+            fake = _fake_like(local, self.fake_mode, size, stride)
+            stand_in = layout.around(fake, requires_grad=tensor.requires_grad)
+            stand_in.__dict__.update(tensor.__dict__)
         if name in self.names:  # of a list, or of an argument that is called like a parameter
             name = next(n for i in itertools.count(1) if (n := f"{name}_{i}") not in self.names)
         self.names.add(name)
         node = self.recorder.add_placeholder(fake, name)
         node.meta["kind"] = kind
-        primal = Primal(name, kind, fake, node, source, [fake])
-        self.attributes[id(fake)] = _attributes(fake)
+        primal = Primal(name, kind, fake, node, source, stand_in, [stand_in])
+        self.attributes[id(fake)] = _attributes(stand_in)
         self.primals[id(tensor)] = primal
-        if is_readable(primal, tensor) and not isinstance(tensor, FakeTensor):
+        if layout is None and is_readable(primal, tensor) and not isinstance(tensor, FakeTensor):
             self.real[node] = tensor
         return primal
 
@@ -298,7 +307,7 @@ class _Session:
             # Its gradient would enter at the base, in another order than in eager mode.
             raise CaptureError("forward puts a view into an object that was passed as an argument")
         outputs = self.outputs
-        storages = [id(recorder.storage_of(t)) for t in outputs]
+        storages = [id(recorder.storage_of(spread.local(t))) for t in outputs]
         if len(set(storages)) < len(storages):
             raise CaptureError("forward returns two tensors that share memory unknown to autograd")
         self._refuse_unsafe_writes(list(self.primals.values()))
@@ -313,7 +322,7 @@ class _Session:
             self.places,
             list(self.primals.values()),
             outputs,
-            [recorder.node_for(t) for t in outputs],
+            [recorder.node_for(spread.local(t)) for t in outputs],
             [self._in_numbers(results[id(t)]) for t in tensors],
             spec,
             [(without_cycle(a.slot[0], self.module), a.slot[1]) for a in assignments],
@@ -338,13 +347,16 @@ class _Session:
     def _results(self, tensors: list[torch.Tensor]) -> dict[int, Result]:
         """How each tensor is made, by `id`: the same tensor, the same result."""
         recorder, outputs = self.recorder, self.outputs
-        fakes = {id(p.fake): p for p in self.primals.values()}
+        fakes = {id(p.stand_in): p for p in self.primals.values()}
         results: dict[int, Result] = {}
         for tensor in tensors:
             if id(tensor) in results:
                 continue
-            known = tensor if recorder.knows(tensor) else self._adopt(tensor)[1]
-            base, views = _base_and_views(recorder, known)
+            if spread.is_spread(tensor):
+                base, views = self._spread_result(tensor, fakes), ()
+            else:
+                known = tensor if recorder.knows(tensor) else self._adopt(tensor)[1]
+                base, views = _base_and_views(recorder, known)
             if id(base) in fakes:
                 results[id(tensor)] = Result(fakes[id(base)].name, views)
                 continue
@@ -354,23 +366,38 @@ class _Session:
             results[id(tensor)] = Result(index, views)
         return results
 
+    def _spread_result(self, tensor: torch.Tensor, primals: Mapping[int, Primal]) -> torch.Tensor:
+        """A result that is spread over processes: an output as it is, or one of the primals.
+
+        Raises:
+            CaptureError: if it shares memory with a primal.
+        """
+        if id(tensor) in primals:
+            return tensor
+        local = spread.local(tensor)
+        if not self.recorder.knows(local):
+            raise CaptureError("forward returns a DTensor that it did not make")
+        if root(self.recorder.node_for(local)).op == "placeholder":
+            raise CaptureError("forward returns a view of a DTensor that it was given")
+        return tensor
+
     def _argument_behind(self, tensor: torch.Tensor) -> torch.Tensor:
         """The argument that a tensor of forward stands for; else the tensor."""
         for real in self.inputs:
-            if self.primals[id(real)].fake is tensor:
+            if self.primals[id(real)].stand_in is tensor:
                 return real
         return tensor
 
     def _require_unchanged(self, primal: Primal) -> None:
         """Refuses what happens to a tensor besides its contents."""
-        real, fake = self.real_of(primal), primal.fake
+        real, fake = self.real_of(primal), primal.stand_in
         if not (
             hints(fake.shape) == real.shape
             and hints(fake.stride()) == real.stride()
             and fake.requires_grad == real.requires_grad
             and fake.grad_fn is None
             and fake.grad is None
-            and _attributes(fake) == self.attributes[id(fake)]
+            and _attributes(fake) == self.attributes[id(primal.fake)]
         ):
             raise CaptureError(f"forward changes the shape, flags or attributes of {primal.name}")
 
@@ -381,6 +408,8 @@ class _Session:
             if primal.fake.requires_grad:
                 raise CaptureError(f"forward changes {primal.name} in place under a gradient")
             real = self.real_of(primal)
+            if spread.is_spread(real):
+                raise CaptureError(f"forward changes {primal.name}, a DTensor, in place")
             if any(_same_storage(real, self.real_of(p)) for p in primals if p is not primal):
                 raise CaptureError(
                     f"forward changes {primal.name} in place, which overlaps another"
@@ -404,7 +433,7 @@ def _base_and_views(recorder: Recorder, tensor: torch.Tensor) -> tuple[torch.Ten
     steps: list[Any] = []
     base = tensor
     while (recipe := recorder.recipe_of(base)) is not None:
-        if base.requires_grad and not base._is_view():
+        if base.requires_grad and base_of(base) is base:
             break
         assert recipe.args[0] is recipe.parent, "views take their base first"
         grad = base.grad_fn is not None or not base.requires_grad
@@ -452,6 +481,8 @@ def _held(module: nn.Module) -> dict[int, Held]:
 
 
 def _refuse_exotic(tensor: torch.Tensor) -> None:
+    if spread.is_spread(tensor) or spread.is_under_way(tensor):
+        tensor = spread.local(tensor)
     plain = type(tensor) in (torch.Tensor, nn.Parameter, FakeTensor) or (
         type(tensor) is nn.Buffer if hasattr(nn, "Buffer") else False
     )
@@ -487,6 +518,7 @@ def _attributes(tensor: torch.Tensor) -> set[str]:
 
 
 def _same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
+    a, b = spread.local(a), spread.local(b)
     return a.untyped_storage()._cdata == b.untyped_storage()._cdata
 
 

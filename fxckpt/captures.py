@@ -242,7 +242,7 @@ class Captures:
         """Captures a call; what it read of the module is part of its signature."""
         alike = self._kin.find(module, self._watch, call, key[1]) if self._kin else None
         if alike is not None:
-            return self._added(alike, module, call, shared=shared)
+            return self._added(alike, module, call, key, shared=shared)
         if shared and len(self._latest(key)) >= _MOST_SHARED:
             raise _OfOneSize(CaptureError("forward treats too many sizes as cases of their own"))
         self._require_hope(key)
@@ -262,7 +262,7 @@ class Captures:
         self.count += 1
         if self._kin:
             self._kin.add(captured, module, self._watch, call, key[1])
-        return self._added(captured, module, call, shared=shared)
+        return self._added(captured, module, call, key, shared=shared)
 
     def _generalised(self, tape: Tape, module: nn.Module, call: Call, reads: Reads) -> Tape:
         """A tape of the same call that serves other sizes, too.
@@ -284,9 +284,11 @@ class Captures:
         raise _OfOneSize(CaptureError("forward does something else with symbols than with numbers"))
 
     def _added(
-        self, captured: Captured, module: nn.Module, call: Call, *, shared: bool
+        self, captured: Captured, module: nn.Module, call: Call, key: Key, *, shared: bool
     ) -> Captured:
-        self._latest(self.signature(module, call, dynamic=shared)).append(captured)
+        if self._watch.latest != key[0]:  # more is watched than before
+            key = self.signature(module, call, dynamic=shared)
+        self._latest(key).append(captured)
         return captured
 
     def _require_hope(self, key: Key) -> None:
@@ -317,7 +319,7 @@ class Captures:
             self._refuse(key, error)
 
     def _captured(self, tape: Tape, module: nn.Module, call: Call) -> Captured:
-        forward, state, options = forward_of(module), self._watch.state, self._options
+        forward, state, options = forward_of(module), self._watch, self._options
         return Captured(
             tape,
             options.decide,

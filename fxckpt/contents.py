@@ -10,7 +10,7 @@ import inspect
 import sys
 import types
 import zlib
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -38,8 +38,25 @@ Inside = tuple[Sequence[Any], Sequence[Any]]  # names and values
 Read = Callable[[], Inside]
 
 
+class Entries:
+    """Tells what is in a dictionary, all that an object holds.
+
+    Args:
+        dictionary: It itself, or the attributes of the object.
+    """
+
+    def __init__(self, dictionary: dict[Any, Any]) -> None:
+        self.dictionary = dictionary
+
+    def __call__(self) -> Inside:
+        """Keys and values."""
+        return [*self.dictionary], [*self.dictionary.values()]
+
+
 def reader(value: Any) -> Read | None:
     """Gives a function that tells what an object holds; None for one that is not looked into."""
+    if type(value) in (dict, OrderedDict):
+        return Entries(value)
     if isinstance(value, dict):
         return lambda: ([*value], [*value.values()])
     if isinstance(value, (list, tuple, deque, set, frozenset)):
@@ -99,6 +116,8 @@ def _object_reader(value: Any) -> Read | None:
         )
     if attributes is None:
         return None
+    if type(attributes) is dict:
+        return Entries(attributes)
     return lambda: ([*attributes], [*attributes.values()])
 
 

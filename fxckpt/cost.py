@@ -97,6 +97,8 @@ def profiled(joint: Joint, device: torch.device) -> Costs:
     for node in (*joint.forward_nodes(), *joint.backward_nodes()):
         if _is_free(node) or (key := signature(node)) in known:
             continue
+        if ops.node_is_collective(node):  # other processes would wait, and it is never run again
+            continue
         with by_themselves(device):
             if (seconds := _timed(node, device)) is not None:
                 known[key] = seconds

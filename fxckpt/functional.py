@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from typing_extensions import Unpack
 
+from fxckpt import spread
 from fxckpt.contents import is_leaf, reader
 from fxckpt.errors import PolicyError
 from fxckpt.joint import root
@@ -137,7 +138,7 @@ def name(x: T, tag: str) -> T:
     if recorder is not None:
         for tensor in pytree.tree_leaves(x):
             if isinstance(tensor, torch.Tensor):
-                meta = root(recorder.node_for(tensor)).meta
+                meta = root(recorder.node_for(spread.local(tensor))).meta
                 meta["tags"] = (*meta.get("tags", ()), tag)
     return x
 

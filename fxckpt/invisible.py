@@ -208,12 +208,30 @@ def refuse_hooks(root: nn.Module) -> None:
         for kind in HOOKS:
             for hook in getattr(m, kind).values():
                 owner = getattr(hook, "__module__", "")
-                computes = kind in _AROUND_FORWARD and is_self_contained(hook)
+                computes = kind in _AROUND_FORWARD and _only_computes(hook)
                 if path and not computes and not owner.startswith(harmless):
                     name = getattr(hook, "__qualname__", type(hook).__name__)
                     raise CaptureError(f"a hook is registered ({name} in {kind})", path=path)
     if any(getattr(nn_module, f"_global{kind}") for kind in HOOKS):
         raise CaptureError("a hook is registered for all modules")
+
+
+_SPREADING = "torch.distributed.tensor."
+
+
+def _only_computes(hook: Any) -> bool:
+    """Whether a hook does nothing but compute.
+
+    `parallelize_module` registers lambdas around functions of the styles that it was given.
+    """
+    if not getattr(hook, "__module__", "").startswith(_SPREADING):
+        return is_self_contained(hook)
+    around = [cell.cell_contents for cell in getattr(hook, "__closure__", None) or ()]
+    functions = [getattr(each, "func", each) for each in around if callable(each)]
+    return all(
+        is_self_contained(f) or getattr(f, "__module__", "").startswith(_SPREADING)
+        for f in functions
+    )
 
 
 @contextlib.contextmanager

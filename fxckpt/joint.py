@@ -60,6 +60,7 @@ class Primal:
     fake: torch.Tensor
     node: Node
     source: tuple[Any, Any]
+    stand_in: torch.Tensor  # what Python sees: the fake, unless it is spread over processes
     leaves: list[torch.Tensor]  # what autograd sees as this tensor during capture
 
     @property

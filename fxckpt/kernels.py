@@ -87,6 +87,8 @@ def workspace(node: Node) -> int | None:
     involved = [*tensors_in(([n.meta["val"] for n in node.all_input_nodes], node.meta["val"]))]
     if not involved or not all(t.device.type == "cpu" and stands_for_real(t) for t in involved):
         return None
+    if ops.node_is_collective(node):  # which is not run for this, as other processes would wait
+        return 0
     if _needs_nothing(ops.operation(node), involved):
         return 0
     key = signature(node), torch.get_num_threads()

@@ -18,15 +18,18 @@ import dataclasses
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
+import torch
 from torch import nn
 
+from fxckpt import spread
 from fxckpt.arguments import Call
 from fxckpt.capture import without_cycle
 from fxckpt.installation import original_class, original_forward
 from fxckpt.runtime import Captured
-from fxckpt.state import Held, Slot, held_tensors
+from fxckpt.state import Slot, held_tensors
 from fxckpt.watch import Alike, Watch
 
 
@@ -38,6 +41,7 @@ class _Known:
     alike: Alike
     description: Hashable
     named: list[Any]  # objects that the description names by their `id`
+    places: dict[str, tuple[int, str, str]] | None  # of the primals, if all are members of modules
 
 
 class Kin:
@@ -68,32 +72,35 @@ class Kin:
         description, named = watch.described()
         key = original_class(type(module)), signature
         before = [k for k in self._known.pop(key, ()) if _is_valid(k.captured)]
-        known = _Known(captured, watch.alike(), description, named)
+        known = _Known(captured, watch.alike(), description, named, _places(captured, module))
         self._known[key] = [*before, known][-self._most :]
         while len(self._known) > self._most:
             self._known.popitem(last=False)
 
     def prepare(self, module: nn.Module, watch: Watch) -> None:
         """Lets a module be watched as those of its class are, before its state is looked at."""
-        for (cls, _), known in self._known.items():
-            if cls is original_class(type(module)):
-                watch.add_as(known[-1].alike)
+        of_class = [
+            [k.alike for k in known]
+            for (cls, _), known in self._known.items()
+            if cls is original_class(type(module))
+        ]
+        if not any(map(watch.takes_as, dict.fromkeys(chain.from_iterable(of_class)))):
+            for alikes in of_class:
+                watch.add_as(alikes[-1])
 
     def find(
         self, module: nn.Module, watch: Watch, call: Call, signature: Hashable
     ) -> Captured | None:
         """What was captured of a module that looks the same, with this module's tensors."""
         candidates = self._known.get((original_class(type(module)), signature), [])
-        candidates = [k for k in candidates if _is_valid(k.captured)]
-        held = [*held_tensors(module).values()] if candidates else []
-        if not candidates or _share_memory(held, call):
-            return None
         for known in candidates:
-            watch.add_as(known.alike)
-            sources = _sources(known.captured, module, held)
-            if sources is None or watch.described()[0] != known.description:
+            if not _is_valid(known.captured):
                 continue
-            alike = known.captured.rebound(module, forward_of(module), watch.state, sources)
+            watch.add_as(known.alike)
+            sources = _sources(known, module, watch, call)
+            if sources is None:
+                continue
+            alike = known.captured.rebound(module, forward_of(module), watch, sources)
             if alike.guards_hold(call):
                 return alike
         return None
@@ -118,28 +125,60 @@ def _is_valid(captured: Captured) -> bool:
 def _is_bound_to(captured: Captured, module: nn.Module, call: Call) -> bool:
     tape = captured.tape
     elsewhere = any(p.kind == "constant" for p in tape.primals)
-    held = [*held_tensors(module).values()]
+    held = [h.tensor for h in held_tensors(module).values()]
     return bool(tape.assigned or tape.prepared or elsewhere or _share_memory(held, call))
 
 
-def _share_memory(held: Sequence[Held], call: Call) -> bool:
+def _share_memory(held: Sequence[torch.Tensor], call: Call) -> bool:
     """Whether tensors of a module share memory with one another, or with arguments."""
-    memory = {h.tensor.untyped_storage()._cdata for h in held}
-    return len(memory) < len(held) or any(t.untyped_storage()._cdata in memory for t in call.inputs)
+    own = [*map(_memory, held)]
+    return len({*own}) < len(own) or any(_memory(t) in own for t in call.inputs)
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return spread.local(tensor).untyped_storage()._cdata
+
+
+def _places(captured: Captured, module: nn.Module) -> dict[str, tuple[int, str, str]] | None:
+    """Where the primals are in modules that look the same: position, kind of member, name."""
+    containers = {
+        id(m.__dict__[kind]): (i, kind)
+        for i, m in enumerate(module.modules())
+        for kind in ("_parameters", "_buffers")
+    }
+    found = {}
+    for held in held_tensors(module).values():
+        container, key = held.slots[0]
+        if id(container) in containers:
+            found[held.name] = *containers[id(container)], key
+    names = [p.name for p in captured.tape.primals if p.kind not in _OF_CALLS]
+    return {name: found[name] for name in names} if all(n in found for n in names) else None
+
+
+_OF_CALLS = ("input", "literal")
 
 
 def _sources(
-    captured: Captured, module: nn.Module, tensors: Sequence[Held]
+    known: _Known, module: nn.Module, watch: Watch, call: Call
 ) -> Mapping[str, Slot] | None:
-    """Where the primals are at a call of another module; None if it has none of that name."""
-    held = {h.name: h.slots[0] for h in tensors}
-    found: dict[str, Slot] = {}
-    for primal in captured.tape.primals:
-        if primal.kind in ("input", "literal"):
-            found[primal.name] = primal.source
-        elif primal.name in held:
-            container, key = held[primal.name]
-            found[primal.name] = without_cycle(container, module), key
-        else:
+    """Where the primals are at a call of another module; None if it does not look the same."""
+    primals = known.captured.tape.primals
+    found = {p.name: p.source for p in primals if p.kind in _OF_CALLS}
+    if known.places is not None and watch.is_known_as(known.alike):
+        if _share_memory(watch.tensors(), call):
             return None
-    return found
+        modules = [*module.modules()]
+        for name, (i, kind, key) in known.places.items():
+            found[name] = modules[i].__dict__[kind], key
+        return found
+    held = held_tensors(module)
+    if _share_memory([h.tensor for h in held.values()], call):
+        return None
+    slots = {h.name: h.slots[0] for h in held.values()}
+    for primal in primals:
+        if primal.name not in found:
+            if primal.name not in slots:
+                return None
+            container, key = slots[primal.name]
+            found[primal.name] = without_cycle(container, module), key
+    return found if watch.described()[0] == known.description else None

@@ -67,8 +67,9 @@ def rewrite(
             itself, while the rest runs eagerly; or the modules at these paths ("encoder.layer.*").
             A policy sees one unit at a time. The gradients of a unit come when its backward is
             done, which overlaps with communication if units are blocks. By default it is the whole
-            model; but blocks, if the policy is none of the whole ("sqrt", a budget), where at
-            least 32 of them are alike, and in distributed training.
+            model; but blocks where at least 32 of them are alike, and in distributed training, if
+            the policy is not one of the whole ("sqrt", a plan) and a budget, if there is one, can
+            be planned over blocks.
         example_inputs: Captures now, for these arguments: a tuple of positional or a dictionary of
             keyword arguments. The model has to be in training mode.
         cache_size: How many signatures are kept; the least recently used is dropped.
@@ -180,7 +181,9 @@ def rewrite_(
     options = Options(
         decide, cache_size, strict, nests, by_index, decompose, compile, dynamic, told
     )
-    install(model, _runner(model, options, units, whole=not nests or policy == "sqrt"))
+    # Of the whole speak a plan and "sqrt", and a budget that is to serve any size.
+    whole = plan is not None or policy == "sqrt" or (budget is not None and dynamic)
+    install(model, _runner(model, options, units, whole))
     if example_inputs is not None:
         try:
             args, kwargs = _example(example_inputs)

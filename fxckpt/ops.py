@@ -183,6 +183,17 @@ def is_collective(target: OpOverload) -> bool:
     return target.namespace in _COLLECTIVE
 
 
+def is_functional_collective(target: OpOverload) -> bool:
+    """Whether a collective makes new tensors, or waits for them, and does nothing besides."""
+    return target.namespace == "_c10d_functional" and not target._schema.is_mutable
+
+
+def node_is_collective(node: Node) -> bool:
+    """Whether a graph node is done together with other processes."""
+    op = operation(node)
+    return isinstance(op, OpOverload) and is_collective(op)
+
+
 def is_random(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     """Whether a call draws from a random generator, for these arguments."""
     if not isinstance(target, OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
@@ -196,10 +207,13 @@ def is_random(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
 
 
 def always_runs(node: Node) -> bool:
-    """Whether an operation has an effect besides its result: random numbers, or an error."""
+    """Whether an operation has an effect besides its result.
+
+    Random numbers, an error, or what other processes get.
+    """
     op = operation(node)
     returns = not isinstance(op, OpOverload) or op._schema.returns or op._schema.is_mutable
-    return not returns or node_is_random(node)
+    return not returns or node_is_random(node) or node_is_collective(node)
 
 
 def node_is_random(node: Node) -> bool:
@@ -442,15 +456,37 @@ def purely(op: OpOverload, plan: Plan, strides: Any, /, *args: Any, **kwargs: An
     for (where, view, _), stride in zip(plan, strides, strict=True):
         holder: Any = call_args if isinstance(where, int) else call_kwargs
         base = holder[where].clone()
-        like = base if _is_batched(base) or not batches else batches[0]
-        if like is not base or (view is not None and base.stride() != stride):
-            options: Any = {"dtype": base.dtype, "device": base.device}
-            base = like.new_empty_strided(base.size(), stride, **options).copy_(base)
+        if batches and not _is_batched(base):
+            base = _laid_out(base, stride, batches[0])
+        elif view is not None and base.stride() != stride:
+            base = _laid_out(base, stride, base)
         bases.append(base)
         holder[where] = base if view is None else torch.as_strided(base, *view)
     returned = op(*call_args, **call_kwargs)
     results = (*fresh_results(op, returned), *bases)
     return results[0] if len(results) == 1 else results
+
+
+def as_captured(op: OpOverload, strides: Any, /, *args: Any, **kwargs: Any) -> Any:
+    """An operation on tensors that are laid out as they were captured, None where that is free.
+
+    What is captured of a sample is what a kernel is asked for after all checks of strides, and
+    copies for its sake, were made.
+    """
+    placed = list(args)
+    for i, stride in enumerate(strides):
+        if stride is not None and placed[i].stride() != stride:
+            placed[i] = _laid_out(placed[i], stride, placed[i])
+    return op(*placed, **kwargs)
+
+
+def _laid_out(x: torch.Tensor, stride: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    """A copy with these strides, a batch if `like` is one."""
+    sizes = zip(x.size(), stride, strict=True)
+    if any(n > 1 and s == 0 for n, s in sizes):  # it was expanded
+        return x.contiguous()
+    new = like.new_empty_strided(x.size(), stride, dtype=x.dtype, device=x.device)
+    return new.copy_(x)
 
 
 def _is_batched(value: Any) -> bool:

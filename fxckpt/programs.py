@@ -19,7 +19,7 @@ import torch
 from torch.fx import GraphModule, Node
 from typing_extensions import Self
 
-from fxckpt import first_run
+from fxckpt import first_run, spread
 from fxckpt.errors import BudgetError, CaptureError
 from fxckpt.first_run import Misfit
 from fxckpt.inductor import Compiled
@@ -128,11 +128,28 @@ class Programs:
         self._fitting: dict[tuple[BackwardKey, Sizes], Program] = {}  # of plans with symbols
         self._expected = tape.expected_backward()
         self._differentiable = [t.requires_grad for t in tape.outputs]
+        self._layouts = [spread.layout(t) for t in tape.outputs]
 
     def without_gradient(self, outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Those of the outputs of the graph that get no gradient."""
         flags = zip(outputs, self._differentiable, strict=True)
         return [t for t, differentiable in flags if not differentiable]
+
+    def around_outputs(self, outputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """What forward returns, of the outputs of the graph, see `spread`."""
+        layouts = zip(outputs, self._layouts, strict=True)
+        return tuple(t if layout is None else layout.around(t) for t, layout in layouts)
+
+    def around_gradients(
+        self, program: Program, key: BackwardKey, gradients: Sequence[torch.Tensor | None]
+    ) -> Sequence[torch.Tensor | None]:
+        """What backward returns, of the outputs of its graph."""
+        layouts = self.tape.layouts(key)
+        if not layouts:
+            return gradients
+        halves = program.split
+        names = zip(gradients, (*halves.primals, *halves.extra), strict=True)
+        return [g if g is None or n not in layouts else layouts[n].around(g) for g, n in names]
 
     def deciding(self, decide: Decide, programs: dict[BackwardKey, Program]) -> Self:
         """The same with another decision for the backward that is expected now.
@@ -219,6 +236,9 @@ class Programs:
         """
         if self.tape.assigned:
             raise CaptureError("forward assigns to a module under a torch.func transform")
+        seen = (*(p.stand_in for p in self.tape.primals), *self.tape.outputs)
+        if any(map(spread.is_spread, seen)):
+            raise CaptureError("a DTensor is used under a torch.func transform")
         key = dataclasses.replace(self._expected, recorded=True)
         with outside_of_transforms(), torch.enable_grad():
             joint, choice = self.tape.joint(key), self._chosen(self._expected)[1]

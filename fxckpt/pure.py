@@ -1,15 +1,25 @@
 """The two halves of a joint graph as pure functions, which transforms of `torch.func` interpret.
 
 Nothing is written in place, and random values are kept instead of drawn again.
+
+NOTE [Layouts of samples]
+
+What is captured of one sample is what kernels are asked for after composite operations looked at
+strides: without the copy that `group_norm` makes of what is not contiguous, say. The samples of a
+batch may lie otherwise in memory, along whatever dimension, and so may what batching rules return.
+Where this matters (views that are written, fused kernels, `as_strided`), operands are laid out as
+they were captured before the operation; see `_strides`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
 
@@ -301,11 +311,37 @@ _ON_ANY_STRIDES: dict[Any, Any] = {
 }
 
 
-def _strides_of_mutated(args: Any, kwargs: Any) -> list[tuple[int, ...]]:
-    """The strides of what an `inplace` works on, as captured."""
-    _, plan, *rest = args
-    mutated = [rest[key] if isinstance(key, int) else kwargs[key] for key, _, _ in plan]
-    return [node.meta["val"].stride() for node in mutated]
+# Besides element-wise operations, reductions and views, these compute the same on any strides.
+_LAYOUT_FREE = frozenset(
+    "mm bmm addmm baddbmm mv dot cat stack convolution convolution_backward embedding gather "
+    "index_select select_backward slice_backward unfold_backward".split()
+)
+
+
+@functools.cache
+def _has_free_layout(target: Any) -> bool:
+    if target in _STRIDED:
+        return False
+    if not isinstance(target, OpOverload) or target in _ON_ANY_STRIDES:
+        return True
+    of_any = target._schema.name.removeprefix("aten::") in _LAYOUT_FREE
+    views = any(a.alias_info is not None for a in target._schema.arguments)
+    return of_any or views or not {torch.Tag.pointwise, torch.Tag.reduction}.isdisjoint(target.tags)
+
+
+def _strides(target: Any, args: Any, kwargs: Any) -> list[tuple[int, ...] | None]:
+    """The strides that what an operation works on was captured with, where they matter.
+
+    Those of what an `inplace` writes, or else those of the positional arguments.
+    """
+    if target is ops.inplace:
+        _, plan, *rest = args
+        mutated = [rest[key] if isinstance(key, int) else kwargs[key] for key, _, _ in plan]
+        return [node.meta["val"].stride() for node in mutated]
+    if _has_free_layout(target):
+        return []
+    tensors = (isinstance(a, Node) and isinstance(a.meta["val"], torch.Tensor) for a in args)
+    return [a.meta["val"].stride() if t else None for a, t in zip(args, tensors, strict=True)]
 
 
 class _Emitter:
@@ -327,13 +363,15 @@ class _Emitter:
     def run(self, step: Node) -> None:
         """Adds an operation; one whose result was given is computed, too, for who reads it."""
         target, args, kwargs = recomputation(step)
-        strides = _strides_of_mutated(args, kwargs) if target is ops.inplace else ()
+        strides = _strides(target, args, kwargs)
         args, kwargs = torch.fx.node.map_arg((args, kwargs), self._copies.__getitem__)
         if self._decompose and decompositions.lacks_rules(step):
             target, args = decompositions.run, (ops.operation(step), *ops.op_arguments(step))
             args = torch.fx.node.map_arg(args, self._copies.__getitem__)
         elif target is ops.inplace:
             target, args = ops.purely, (*args[:2], strides, *args[2:])
+        elif any(strides):
+            target, args = ops.as_captured, (target, strides, *args)
         if (like := step.meta.get("like")) in self._copies:
             target, args = ops.made_like, (target, self._copies[like], *args)
         self._add(step, _ON_ANY_STRIDES.get(target, target), args, kwargs)

@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Iterator
 from operator import getitem
 from typing import Any, Protocol
@@ -35,7 +36,7 @@ from torch.utils import _python_dispatch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fxckpt import ops, shapes
+from fxckpt import ops, shapes, spread
 from fxckpt.errors import CaptureError
 from fxckpt.joint import root
 from fxckpt.places import Place
@@ -208,6 +209,8 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         try:
+            if spread.is_taken_apart(types):
+                return self._pass(func, args, kwargs)
             return self._dispatch(func, args, kwargs)
         except CaptureError as error:
             if error.path:
@@ -215,12 +218,28 @@ class Recorder(TorchDispatchMode):
             place = self._place()
             raise error.at(place.path, place.source) from error
 
+    def _pass(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Lets the classes of arguments make operations on plain tensors of one."""
+
+        def faked(x: Any) -> Any:
+            layout = spread.layout(x) if isinstance(x, torch.Tensor) else None
+            if layout is None or self.knows(spread.local(x)):
+                return x
+            return layout.around(self._adopt(x)[1])
+
+        tensors = _tensors((args, kwargs))
+        args, kwargs = map_aggregate(args, faked), map_aggregate(kwargs, faked)
+        if all(map(operator.is_, tensors, _tensors((args, kwargs)))):
+            return NotImplemented
+        with self:
+            return func(*args, **kwargs)
+
     def _dispatch(self, func: Any, args: Any, kwargs: Any) -> Any:
         if not isinstance(func, OpOverload):
             raise CaptureError(f"the higher-order operation {func} cannot be recorded")
         if func.namespace == "profiler":  # names what runs, for who measures
             return func(*args, **kwargs)
-        if ops.is_collective(func):
+        if ops.is_collective(func) and not ops.is_functional_collective(func):
             raise CaptureError(
                 f"{self.phase} communicates with other processes ({func})",
                 hint="Keep that part eager; its submodules and its neighbours are captured.",
@@ -451,8 +470,8 @@ class Recorder(TorchDispatchMode):
         finally:
             inner, self.nest = self.nest, outer
         for tensor in pytree.tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and self.knows(tensor):
-                meta = root(self.node_for(tensor)).meta
+            if isinstance(tensor, torch.Tensor) and self.knows(spread.local(tensor)):
+                meta = root(self.node_for(spread.local(tensor))).meta
                 if meta.get("nest") == inner:
                     meta["nest"] = outer
         return result

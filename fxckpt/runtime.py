@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from fxckpt import ops, tree
-from fxckpt.again import Forward, Original
+from fxckpt import ops, spread, tree
+from fxckpt.again import Forward, Original, State
 from fxckpt.arguments import Call
 from fxckpt.errors import CaptureError
 from fxckpt.first_run import Misfit
@@ -50,7 +50,7 @@ class Captured(Programs):
         original: The callable that was captured.
         input_spec: Structure of (args, kwargs).
         module: The module whose tensors the callable reads, if any.
-        state: Tells the state of the module; another answer means that a rerun would differ.
+        state: Of the module; another one means that a rerun would differ.
         compile: Whether to compile both graphs with Inductor.
         decompose: Whether to decompose what torch cannot differentiate twice; see `pure`.
     """
@@ -62,7 +62,7 @@ class Captured(Programs):
         original: Callable[..., Any],
         input_spec: tree.Spec,
         module: torch.nn.Module | None,
-        state: Callable[[], Any],
+        state: State,
         *,
         compile: bool = False,
         decompose: bool = False,
@@ -82,7 +82,7 @@ class Captured(Programs):
         self,
         module: torch.nn.Module,
         original: Callable[..., Any],
-        state: Callable[[], Any],
+        state: State,
         sources: Mapping[str, Slot],
     ) -> Captured:
         """The same for another module in the same state: what is compiled serves both.
@@ -90,7 +90,7 @@ class Captured(Programs):
         Args:
             module: The other module.
             original: Its forward.
-            state: Tells its state.
+            state: Its state.
             sources: Where the primals are at call time, by name.
         """
         new = copy.copy(self)
@@ -150,7 +150,7 @@ class Captured(Programs):
             slots,
             primals,
             [p._version for p in primals],
-            original.state(),
+            original.state.latest,
             {d: ops.read_rng_state(d) for d in self._random_devices},
             {i: primals[i].clone() for i in copied},
         )
@@ -172,7 +172,7 @@ class Captured(Programs):
         for (container, key), value in zip(self.tape.assigned, values, strict=True):
             container[key] = value
         if self.tape.assigned:
-            call.state = original.state()
+            call.state = original.state.state()
         return result
 
     def run_transformed(self, arguments: Call) -> Any:
@@ -223,10 +223,9 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Forward, *primals: torch.Tensor) -> tuple[torch.Tensor, ...]:
         program = call.program
-        results = program.run(
-            None, program.split.forward, list(primals[: len(program.split.primals)]), call.sizes
-        )
-        outputs = results[: len(program.joint.outputs)]
+        arguments = [spread.local(p) for p in primals[: len(program.split.primals)]]
+        results = program.run(None, program.split.forward, arguments, call.sizes)
+        outputs = call.programs.around_outputs(results[: len(program.joint.outputs)])
         ctx.set_materialize_grads(False)
         for residual, device in program.split.first_states.items():  # not to be kept twice
             call.random_states[device] = results[len(outputs) + residual]
@@ -241,7 +240,8 @@ class _Function(torch.autograd.Function):
     def backward(ctx: Any, *given: torch.Tensor | None) -> tuple[Any, ...]:
         cotangents = tuple(c if c is None else c.resolve_conj().resolve_neg() for c in given)
         del given
-        saved = list(ctx.saved_tensors)  # raises as eager does if one was changed, or freed
+        # Raises as eager does if one was changed, or freed.
+        saved = [spread.local(t) for t in ctx.saved_tensors]
         call: Forward = ctx.call
         if call is _FREED:
             raise RuntimeError(
@@ -255,16 +255,17 @@ class _Function(torch.autograd.Function):
             graph, extra = call.programs.backward_for(call.program, key, call.sizes)
         except CaptureError:
             return (None, *call.run_again(cotangents))
-        saved += [call.primals[i] for i in extra]
-        saved += [c for c in cotangents if c is not None]
+        saved += [spread.local(call.primals[i]) for i in extra]
+        saved += [spread.local(c) for c in cotangents if c is not None]
         ctx.maybe_clear_saved_tensors()
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             ctx.call = _FREED
-        program, sizes = call.program, call.sizes
+        programs, program, sizes = call.programs, call.program, call.sizes
         if (key, sizes) not in program.tried:
             return (None, *_first_backward(call, key, graph, saved, cotangents))
         del cotangents, call
-        return (None, *program.run(key, graph, saved, sizes))
+        gradients = program.run(key, graph, saved, sizes)
+        return (None, *programs.around_gradients(program, key, gradients))
 
 
 def _first_backward(
@@ -272,7 +273,8 @@ def _first_backward(
 ) -> Any:
     """Gradients by a backward graph that did not run yet; generically if it does not fit."""
     try:
-        return call.program.run(key, graph, values, call.sizes)
+        gradients = call.program.run(key, graph, values, call.sizes)
+        return call.programs.around_gradients(call.program, key, gradients)
     except Misfit as misfit:
         call.programs.standing.note(misfit)
     return call.run_again(cotangents)
@@ -283,7 +285,11 @@ def _key(cotangents: Sequence[torch.Tensor | None], *, dynamic: bool) -> Backwar
         return pattern(c.shape, c.stride())[0] if dynamic else c.stride()
 
     return BackwardKey(
-        tuple(None if c is None else (strides(c), c.dtype) for c in cotangents), autocast_state()
+        tuple(
+            None if c is None else (strides(spread.local(c)), c.dtype, spread.layout(c))
+            for c in cotangents
+        ),
+        autocast_state(),
     )
 
 

@@ -369,7 +369,11 @@ def _is_always_handed_on(node: Node) -> bool:
         _is_of_forward(node)
         and is_value(node)
         and not ops.is_blank(node)
-        and (ops.is_new_statistic(node) or _smaller_than_its_state(node))
+        and (
+            ops.is_new_statistic(node)
+            or _smaller_than_its_state(node)
+            or ops.node_is_collective(producer(node))
+        )
     )
 
 

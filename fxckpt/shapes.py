@@ -403,6 +403,8 @@ OWN: dict[OpOverload, Callable[..., Any]] = {
     torch.ops.aten._grouped_mm.default: grouped_mm,
     torch.ops.aten.constant_pad_nd.default: padded,
 }
+if torch.distributed.is_available():  # the real one returns its argument
+    OWN[torch.ops._c10d_functional.wait_tensor.default] = torch.ops.aten.alias.default
 
 # Those that also get, first, the largest element of one of their arguments; its position.
 SIZED_BY: dict[OpOverload, tuple[Callable[..., Any], int]] = {

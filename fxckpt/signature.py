@@ -11,7 +11,7 @@ from collections.abc import Hashable, Sequence
 
 import torch
 
-from fxckpt import tree
+from fxckpt import spread, tree
 from fxckpt.modes import autocast_state, collected_outputs, compiles_halves
 from fxckpt.symbols import pattern
 
@@ -39,6 +39,7 @@ def of_arguments(
                 t.is_leaf,
                 _tags(t),
                 first.setdefault(id(t), i),
+                spread.geometry(t),
             )
             for i, t in enumerate(tensors)
         ),

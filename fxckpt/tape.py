@@ -16,7 +16,7 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
-from fxckpt import invisible, ops, tree
+from fxckpt import invisible, ops, spread, tree
 from fxckpt.arguments import Changes
 from fxckpt.errors import CaptureError
 from fxckpt.escapes import nothing_kept_by_backward
@@ -36,12 +36,12 @@ class BackwardKey:
     """All that the backward of a captured forward depends on.
 
     `cotangents` has, for each output, the strides and dtype of its gradient, or None if none comes
-    (if sizes are symbols, the `Pattern` of its strides);
+    (if sizes are symbols, the `Pattern` of its strides), and how it is spread over processes;
     `autocast` is the autocast state in which backward is called; `recorded` says whether it is
     differentiated in turn (`create_graph`), for which autograd may compute something else.
     """
 
-    cotangents: tuple[tuple[Pattern, torch.dtype] | None, ...]
+    cotangents: tuple[tuple[Pattern, torch.dtype, spread.Layout | None] | None, ...]
     autocast: AutocastState = ()
     recorded: bool = False
 
@@ -65,6 +65,15 @@ class Result:
                 viewed = func(tensor, *args, **kwargs)
             tensor = viewed if index is None else viewed[index]
         return tensor
+
+
+def base_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor that owns the storage of another in the eyes of autograd.
+
+    A custom function may return a view of memory whose gradient is its own.
+    """
+    base = tensor._base
+    return base if base is not None and base.requires_grad else tensor
 
 
 @dataclasses.dataclass(slots=True)
@@ -146,7 +155,9 @@ class Tape:
         """Dense gradients for these outputs."""
         return BackwardKey(
             tuple(
-                (self._expected_strides(t), t.dtype) if i in outputs else None
+                (self._expected_strides(spread.local(t)), t.dtype, spread.layout_of_gradient(t))
+                if i in outputs
+                else None
                 for i, t in enumerate(self.outputs)
             )
         )
@@ -190,19 +201,31 @@ class Tape:
                 self._nothing_kept(outputs, ours),
                 reported("backward"),
                 torch.autograd.set_detect_anomaly(False),
+                spread.placements_found_outside(),
                 recorder.fake_mode,
                 recorder,
                 autocast_as(key.autocast),
             ):
                 found = _gradients(outputs, leaves, fakes, recorded=key.recorded)
                 ours.extend(found.values())
-        by_primal = {}
+        by_primal, layouts = {}, {}
         for primal in self.primals:
             grads = [found[id(leaf)] for leaf in primal.leaves if id(leaf) in found]
             if len(grads) > 1:
                 raise CaptureError(f"{primal.name} is reached in two ways, one of them hidden")
-            by_primal[primal.name] = tuple(recorder.node_for(g) for each in grads for g in each)
-        return _Recorded(cotangents, by_primal, _nodes_after(last))
+            contributions = [g for each in grads for g in each]
+            by_primal[primal.name] = tuple(self._node_of(g) for g in contributions)
+            if (layout := spread.common_layout(contributions)) is not None:
+                layouts[primal.name] = layout
+        return _Recorded(cotangents, by_primal, layouts, _nodes_after(last))
+
+    def layouts(self, key: BackwardKey) -> dict[str, spread.Layout]:
+        """How the gradients of primals are spread over processes, of those that are."""
+        return self._recorded[key][0].layouts
+
+    def _node_of(self, gradient: torch.Tensor) -> Node:
+        with self.recorder.fake_mode, self.recorder:  # which see it arrive
+            return self.recorder.node_for(spread.local(gradient))
 
     def _nothing_kept(
         self, outputs: list[torch.Tensor], ours: list[Any]
@@ -221,15 +244,16 @@ class Tape:
         for i, (out, c) in enumerate(zip(self.outputs, key.cotangents, strict=True)):
             if c is not None:
                 strides: Any = c[0]
+                size = out.size() if c[2] is None else c[2].shape
                 if self.symbols.count:
-                    strides = strides_like(strides, out.size())
+                    strides = strides_like(strides, size)
                 if strides is None:
                     raise CaptureError("a gradient has strides that do not follow from sizes")
                 with self.recorder.fake_mode:
                     options: Any = {"dtype": c[1], "device": out.device}
-                    options["requires_grad"] = key.recorded
-                    fake = torch.empty_strided(out.size(), strides, **options)
-                fakes.append(fake)
+                    options["requires_grad"] = key.recorded and c[2] is None
+                    fake = torch.empty_strided(size, strides, **options)
+                fakes.append(fake if c[2] is None else c[2].around(fake))
                 nodes.append(self.recorder.add_placeholder(fake, f"cotangent_{i}"))
         return fakes, nodes
 
@@ -240,6 +264,7 @@ class _Recorded:
 
     cotangents: list[Node]
     grads: dict[str, tuple[Node, ...]]
+    layouts: dict[str, spread.Layout]
     ran: set[Node]
 
 

@@ -23,9 +23,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch._ops import OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fxckpt import tree
+from fxckpt import ops, tree
 from fxckpt.arguments import Call
 from fxckpt.composition import BACKWARD, FORWARD, OUTSIDE, Moment
 from fxckpt.errors import BudgetError, CaptureError
@@ -157,9 +159,10 @@ def timeline(
     """
     device = _device(module, (args, kwargs))
     before: list[Any] | None = None
-    for _ in range(_RUNS):
+    for number in range(_RUNS):
+        alone = contextlib.nullcontext() if number else _Alone()  # the first run counts for nothing
         with _apart(module, args, kwargs) as (fresh_args, fresh_kwargs):
-            with metered(device) as meter, torch.enable_grad():
+            with metered(device) as meter, torch.enable_grad(), alone:
                 observer = Observer(meter)
                 results = tree.flatten(run(observer, fresh_args, fresh_kwargs))[0]
                 backward(results)
@@ -172,6 +175,21 @@ def timeline(
         "the step cannot be measured, as forward does something else at each call: other blocks "
         "run, or they are called in another way. Give a policy instead of a budget"
     )
+
+
+class _Alone(TorchDispatchMode):
+    """Refuses to communicate: other processes do not measure at the same time.
+
+    What is sent by a step that is measured would be taken for what their own steps wait for.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if isinstance(func, OpOverload) and ops.is_collective(func):
+            raise BudgetError(
+                f"a budget with blocks as units is for steps of one process alone, which are "
+                f"measured by running them, and here processes communicate ({func}). Give a policy"
+            )
+        return func(*args, **(kwargs or {}))
 
 
 def _timeline(calls: list[Called], spans: list[Span]) -> Timeline:
@@ -269,8 +287,8 @@ def _device(module: nn.Module, args: Any) -> torch.device:
         if type(t) not in plain:
             raise BudgetError(
                 f"a budget with blocks as units is for plain tensors, and here is one of class "
-                f"{type(t).__name__} (sharded parameters, tensors without memory): what lies "
-                "outside of the blocks is measured, which it cannot be. Give a policy"
+                f"{type(t).__name__} (spread over processes, or without memory): the step is "
+                "measured by running it, which this process does not do alone. Give a policy"
             )
     devices = {t.device for t in held}
     if len(devices) > 1:

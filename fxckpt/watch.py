@@ -28,42 +28,39 @@ import dataclasses
 import types
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from itertools import chain
-from operator import contains, is_, itemgetter
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules import module as nn_module
 
-from fxckpt import tree
-from fxckpt.contents import (
-    MISSING,
-    Inside,
-    Read,
-    globals_of,
-    is_fixed,
-    is_leaf,
-    is_plain,
-    reader,
-)
+from fxckpt.contents import globals_of, is_fixed, is_leaf, reader
 from fxckpt.description import Description
 from fxckpt.errors import CaptureError
-from fxckpt.installation import is_runner, original_class
+from fxckpt.installation import original_class
+from fxckpt.likeness import Likeness, conditions_beyond
 from fxckpt.reads import EVERYTHING, Reads
 from fxckpt.state import HOOKS, Variables, held_tensors
+from fxckpt.watched import (
+    GLOBAL_HOOKS,
+    INTERNALS,
+    LAZY,
+    MEMBERS,
+    Condition,
+    Contents,
+    attributes,
+    geometry,
+    members,
+    required,
+    same_attributes,
+    same_dictionaries,
+    same_geometry,
+    same_objects,
+    some_of,
+)
 
-_GLOBAL_HOOKS = tuple(getattr(nn_module, f"_global{kind}") for kind in HOOKS)
-# What nn.Module itself reads; submodules, hooks, parameters and buffers are watched anyway.
-_INTERNALS = {*nn.Module().__dict__, *vars(nn.Module)} - {"training", "forward"}
-_LAZY = (nn.UninitializedParameter, nn.UninitializedBuffer)
-_MEMBERS = ("_modules", "_parameters", "_buffers", *HOOKS)
-_members = itemgetter(*_MEMBERS)
 _DEPTH = 6
 _MOST = 5000
-
-Condition = Callable[[], bool]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
@@ -71,16 +68,21 @@ class Alike:
     """What a watch knows that helps to watch modules that may look the same.
 
     Attributes:
-        reads: What is watched besides members: positions of modules, and names of attributes.
+        names: What is watched besides members: attributes, by position of the module.
         contents: What is in objects without tensors, by `id`: most of them are shared.
+        likeness: What the module looks like, if that is simple.
     """
 
-    reads: list[tuple[int, str]]
-    contents: dict[int, _Contents]
+    names: list[list[str]]
+    contents: dict[int, Contents]
+    likeness: Likeness | None
 
 
 class Watch:
     """Watches one module; see the note.
+
+    Attributes:
+        latest: The state when it was last looked at; None if that has to be done anew.
 
     Args:
         module: The module; only a weak reference to it is kept.
@@ -90,19 +92,20 @@ class Watch:
     def __init__(self, module: nn.Module, most: int) -> None:
         self._root, self._most = weakref.ref(module), most
         self._inner = [*module.modules()][1:]
-        self._reads: Reads = set()
-        self._names_of: dict[int, list[str]] = {}  # of what was read, by id of the module
+        self._names_of: dict[int, list[str]] = {}  # of what was read, sorted, by id of the module
         self._globals: dict[int, list[str]] = {}  # names that functions read, by id of the globals
         self._class_attributes: list[tuple[Any, str]] = []
         self._structure = self._structure_now()
-        self._contents: list[_Contents] = []
+        self._contents: list[Contents] = []
+        self._beyond: list[Contents] = []  # the modules, also what never changes itself
         self._tensors: list[torch.Tensor] = []
         self._geometry: list[Any] = []
-        self._numbers: OrderedDict[Hashable, tuple[int, Any]] = OrderedDict()
+        self.latests: OrderedDict[Hashable, tuple[int, Any]] = OrderedDict()
         self._count = 0
-        self._number: int | None = None
+        self.latest: int | None = None
         self._unchanged: list[Condition] = []
-        self._alike: Alike | None = None
+        self._alike: Alike | None = None  # that of a module that may look the same
+        self._current: Alike | None = None  # its own, in the present state
 
     def state(self) -> int | None:
         """The same number for the same state; None if the structure of the module changed.
@@ -113,49 +116,84 @@ class Watch:
         Raises:
             CaptureError: if there is too much to watch.
         """
-        if self._number is not None and all(unchanged() for unchanged in self._unchanged):
-            return self._number
-        if not _same_objects(self._structure_now(), self._structure):
+        if self.latest is not None and all(unchanged() for unchanged in self._unchanged):
+            return self.latest
+        if not same_objects(self._structure_now(), self._structure):
             return None
-        self._number = self._look_up()
-        self._unchanged = [*self._conditions()]
-        return self._number
+        self._current = None
+        self.latest = self._look_up()
+        beyond = conditions_beyond(self._beyond, self._class_attributes)
+        self._unchanged = [*self._conditions(), *beyond]
+        return self.latest
 
     def is_lazy(self) -> bool:
         """Whether a parameter has no shape yet."""
-        return any(g in _LAZY for g in self._geometry)
+        return any(g in LAZY for g in self._geometry)
 
     def add(self, reads: Reads) -> None:
         """Watches these attributes too."""
         known = {id(m) for m in self._modules()}
-        new = {
-            (m, name)
-            for m, name in reads
-            if m in known and (name not in _INTERNALS or name == EVERYTHING)
-        } | {(id(self._root()), "forward")}
-        if not new <= self._reads:
-            self._reads |= new
-            self._names_of = _by_module(self._reads)
-            self._number = None
-            self._contents = []
-            self._numbers.clear()
-            self._class_attributes = self._found_in_classes()
-            self._structure = self._structure_now()
+        names_of: dict[int, set[str]] = {id(self._root()): {"forward"}}
+        for m, name in reads:
+            if m in known and (name not in INTERNALS or name == EVERYTHING):
+                names_of.setdefault(m, set()).add(name)
+        if all(names <= {*self._names_of.get(m, ())} for m, names in names_of.items()):
+            return
+        for m, names in names_of.items():
+            self._names_of[m] = sorted(names.union(self._names_of.get(m, ())))
+        self.latest = self._current = None
+        self._contents = []
+        self.latests.clear()
+        self._class_attributes = self._found_in_classes()
+        self._structure = self._structure_now()
 
     def alike(self) -> Alike:
-        """What helps to watch modules that may look the same."""
-        positions = {id(m): i for i, m in enumerate(self._modules())}
-        reads = sorted((positions[m], name) for m, name in self._reads if m in positions)
-        contents = {
-            c.place: copy.copy(c) for c in self._contents if c.owner is not None and not c.tensors()
-        }
-        return Alike(reads, contents)
+        """What helps to watch modules that may look the same as this one does now."""
+        self.state()
+        if self._current is None:
+            modules = self._modules()
+            names = [self._names(m) for m in modules]
+            contents = {
+                c.place: copy.copy(c)
+                for c in self._contents
+                if c.owner is not None and not c.tensors()
+            }
+            likeness = Likeness.of(
+                modules, names, self._class_attributes, self._beyond, self._geometry
+            )
+            self._current = Alike(names, contents, likeness)
+        return self._current
 
     def add_as(self, alike: Alike) -> None:
         """Watches what is watched of a module that may look the same."""
-        if self._alike is not alike:
-            self._alike, modules = alike, self._modules()
-            self.add({(id(modules[i]), name) for i, name in alike.reads if i < len(modules)})
+        if alike in (self._alike, self._current):
+            return
+        self._alike, modules = alike, self._modules()
+        pairs = zip(modules, alike.names, strict=False)
+        self.add({(id(m), name) for m, names in pairs for name in names})
+
+    def takes_as(self, alike: Alike) -> bool:
+        """Whether the module, not yet watched, looks the same in short; then it is watched so."""
+        likeness, modules = alike.likeness, self._modules()
+        tensors = None if likeness is None or self._names_of else likeness.of_others(modules)
+        if likeness is None or tensors is None:
+            return False
+        self._names_of = dict(zip(map(id, modules), likeness.names, strict=True))
+        self._class_attributes = likeness.class_attributes
+        self._structure = self._structure_now()
+        self._tensors, self._geometry = tensors, likeness.geometry
+        self._count = self.latest = 1
+        self._alike = self._current = alike
+        self._unchanged = [*self._conditions(), *likeness.conditions]
+        return True
+
+    def is_known_as(self, alike: Alike) -> bool:
+        """Whether the module looks the same, as is known without a description."""
+        return self._current is alike
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All that it holds, as far as they are watched."""
+        return self._tensors
 
     def described(self) -> tuple[Hashable, list[Any]]:
         """The state, without reference to which modules these are, and objects that it names.
@@ -164,6 +202,8 @@ class Watch:
         The description is valid while the objects exist that it names by their `id`.
         """
         self.state()
+        if not self._contents:
+            self._look_up()
         modules = self._modules()
         numbers = {id(m): ("module", i) for i, m in enumerate(modules)}
         for i, contents in enumerate(self._contents):
@@ -179,11 +219,12 @@ class Watch:
             for kind in HOOKS
             if i and m.__dict__[kind]  # those of the root run around it
         )
+        around = tuple(described.of(tuple(hooks.values())) for hooks in GLOBAL_HOOKS)
         classes = tuple(described.of(vars(cls).get(n)) for cls, n in self._class_attributes)
         held = tuple(c.described(described) for c in self._contents)
         first: dict[int, int] = {}
         ties = tuple(first.setdefault(id(t), i) for i, t in enumerate(self._tensors))
-        key = kinds, hooks, classes, held, tuple(self._geometry), ties
+        key = kinds, hooks, around, classes, held, tuple(self._geometry), ties
         return key, described.named
 
     def _modules(self) -> list[nn.Module]:
@@ -193,9 +234,9 @@ class Watch:
 
     def _structure_now(self) -> list[Any]:
         """The objects of which the structure consists."""
-        found: list[Any] = [v for hooks in _GLOBAL_HOOKS for v in (*hooks, *hooks.values())]
+        found: list[Any] = [v for hooks in GLOBAL_HOOKS for v in (*hooks, *hooks.values())]
         for m in self._modules():
-            found += [original_class(type(m)), *_members(m.__dict__)]
+            found += [original_class(type(m)), *members(m.__dict__)]
             for name in ("_modules", *HOOKS):
                 found += [*m.__dict__[name], *m.__dict__[name].values()]
         return found + [vars(cls).get(name) for cls, name in self._class_attributes]
@@ -219,37 +260,41 @@ class Watch:
     def _look_up(self) -> int:
         rearranged = [c for c in self._contents if c.refresh()]
         if rearranged or not self._contents:
-            self._contents = self._collect()
+            own, self._beyond = self._collect()
+            watched = [c for c in self._beyond if not is_fixed(c.owner) or c.tensors()]
+            self._contents = [*own, *watched]
         self._tensors = [t for c in self._contents for t in c.tensors()]
-        self._geometry = [*map(_geometry, self._tensors)]
+        self._geometry = [*map(geometry, self._tensors)]
         first: dict[int, int] = {}
         ties = tuple(first.setdefault(id(t), i) for i, t in enumerate(self._tensors))
         numbers = {c.place: i for i, c in enumerate(self._contents) if c.is_data()}
         key = tuple(c.key(numbers) for c in self._contents), tuple(self._geometry), ties
-        if key not in self._numbers:
-            self._count += 1
+        if key not in self.latests:
+            if self._current is None:  # else it has a number
+                self._count += 1
             # The owners are kept, so that no other object gets an id that is part of a key.
-            self._numbers[key] = self._count, [c.owner for c in self._contents]
-            if len(self._numbers) > self._most:
-                self._numbers.popitem(last=False)
-        self._numbers.move_to_end(key)
-        return self._numbers[key][0]
+            self.latests[key] = self._count, [c.owner for c in self._contents]
+            if len(self.latests) > self._most:
+                self.latests.popitem(last=False)
+        self.latests.move_to_end(key)
+        return self.latests[key][0]
 
-    def _collect(self) -> list[_Contents]:
-        """All that is to be watched now."""
+    def _collect(self) -> tuple[list[Contents], list[Contents]]:
+        """All that is to be watched now: of modules, and beyond them."""
         modules = self._modules()
         held = held_tensors(modules[0]).values()
         slots = {(id(_holder(container)), key) for h in held for container, key in h.slots}
         known = {id(m) for m in modules}
         self._globals = {}
-        found: dict[int, _Contents] = {}
+        found: dict[int, Contents] = {}
         queue: deque[tuple[Any, int]] = deque()
 
-        def add(contents: _Contents, depth: int) -> None:
+        def add(contents: Contents, depth: int) -> None:
             found[contents.place] = contents
             queue.extend((v, depth) for v in contents.before if not is_leaf(v))
 
-        for contents in self._of_modules(modules, slots):
+        own = [*self._of_modules(modules, slots)]
+        for contents in own:
             add(contents, 1)
         functions = [vars(cls).get(name) for cls, name in self._class_attributes]
         queue.extend((f, 1) for f in functions)
@@ -258,7 +303,7 @@ class Watch:
                 for namespace, names_read in globals_of(functions).values():
                     names = sorted({*names_read, *self._globals.get(id(namespace), ())})
                     self._globals[id(namespace)] = names
-                    add(_Contents(None, _some(namespace, names), id(namespace), slots), 1)
+                    add(Contents(None, some_of(namespace, names), id(namespace), slots), 1)
                 functions = []
                 continue
             value, depth = queue.popleft()
@@ -271,25 +316,25 @@ class Watch:
                     add(inside, 1 if isinstance(value, nn.Module) else depth + 1)
             if len(found) > _MOST + 3 * len(modules):
                 raise CaptureError(f"forward may depend on more than {_MOST} objects")
-        return [c for c in found.values() if not is_fixed(c.owner) or c.tensors()]
+        return own, [*found.values()][len(own) :]
 
     def _of_modules(
         self, modules: list[nn.Module], slots: set[tuple[int, Any]]
-    ) -> Iterator[_Contents]:
+    ) -> Iterator[Contents]:
         """The tensors of modules, and what was read of them."""
         for m in modules:
-            for members in (m._parameters, m._buffers):
-                yield _Contents(members, _required(reader(members)), id(members), slots)
+            for held in (m._parameters, m._buffers):
+                yield Contents(held, required(reader(held)), id(held), slots)
             if names := self._names(m):
-                yield _attributes(m, names, slots, is_root=m is modules[0])
+                yield attributes(m, names, slots, is_root=m is modules[0])
 
-    def _contents_of(self, value: Any, slots: set[tuple[int, Any]]) -> _Contents | None:
+    def _contents_of(self, value: Any, slots: set[tuple[int, Any]]) -> Contents | None:
         """What is in an object; None if that is not looked into."""
         known = self._alike.contents.get(id(value)) if self._alike is not None else None
         if known is not None and known.owner is value and known.unchanged():
             return known.with_slots(slots)
         read = reader(value)
-        return None if read is None else _Contents(value, read, id(value), slots)
+        return None if read is None else Contents(value, read, id(value), slots)
 
     # -- whether all is as it was
 
@@ -299,228 +344,25 @@ class Watch:
         None of them refers to the root, which keeps them.
         """
         root, inner, modules = self._root, self._inner, self._modules()
-        types_now, members = [*map(type, modules)], _members(modules[0].__dict__)
+        types_now, root_members = [*map(type, modules)], members(modules[0].__dict__)
         yield lambda: [type(root()), *map(type, inner)] == types_now
-        yield lambda: _same_objects(_members(_required(root()).__dict__), members)
-        attributes = [
-            c for c in self._contents if isinstance(c, _Attributes) and c.owner is not None
-        ]
-        names = {id(c.owner): c.names for c in attributes}
-        yield _same_attributes([(m.__dict__, names.get(id(m), ())) for m in inner])
-        held = [c.owner for c in self._contents if type(c.owner) is dict]
-        hooks = [m.__dict__[kind] for m in modules for kind in HOOKS]
-        yield _same_dictionaries([*_GLOBAL_HOOKS, *hooks, *(m._modules for m in modules), *held])
-        yield _same_class_attributes(self._class_attributes)
-        tensors, geometry = self._tensors, self._geometry
-        yield lambda: _same_geometry(tensors, geometry)
-        rest = [c for c in self._contents if type(c.owner) is not dict and id(c.owner) not in names]
-        yield lambda: all(c.unchanged() for c in rest)
-
-
-def _by_module(reads: Reads) -> dict[int, list[str]]:
-    """The names that were read, sorted, by the `id` of the module."""
-    found: dict[int, list[str]] = {}
-    for module, name in sorted(reads, key=itemgetter(1)):
-        found.setdefault(module, []).append(name)
-    return found
-
-
-def _same_objects(now: Sequence[Any], before: Sequence[Any]) -> bool:
-    return len(now) == len(before) and all(map(is_, now, before))
-
-
-def _same_dictionaries(dictionaries: list[dict[Any, Any]]) -> Condition:
-    """Tells whether dictionaries hold the same objects under the same keys as now."""
-    empty, full = [d for d in dictionaries if not d], [d for d in dictionaries if d]
-    sizes = [*map(len, full)]
-    keys = [*chain.from_iterable(full)]
-    values = [*chain.from_iterable(map(dict.values, full))]
-
-    def same() -> bool:
-        return (
-            not any(empty)
-            and [*map(len, full)] == sizes
-            and all(map(is_, chain.from_iterable(map(dict.values, full)), values))
-            and [*chain.from_iterable(full)] == keys
+        yield lambda: same_objects(members(required(root()).__dict__), root_members)
+        listed = [EVERYTHING not in self._names(m) for m in inner]
+        yield same_attributes(
+            [
+                (m.__dict__, self._names(m) if some else ())
+                for m, some in zip(inner, listed, strict=True)
+            ]
         )
-
-    return same
-
-
-def _same_attributes(attributes: list[tuple[dict[str, Any], Sequence[str]]]) -> Condition:
-    """Tells likewise for the members and some attributes of modules."""
-    getters: dict[tuple[str, ...], Any] = {}  # modules of one class share theirs
-    pairs, absent = [], []
-    for d, names in attributes:
-        there = (*_MEMBERS, *(n for n in names if n in d))
-        pairs.append((getters.setdefault(there, itemgetter(*there)), d))
-        absent += [(d, n) for n in names if n not in d]
-    values = [*chain.from_iterable(get(d) for get, d in pairs)]
-    without, missing = [d for d, _ in absent], [n for _, n in absent]
-
-    def same() -> bool:
-        try:
-            now = chain.from_iterable(get(d) for get, d in pairs)
-            return all(map(is_, now, values)) and not any(map(contains, without, missing))
-        except KeyError:
-            return False
-
-    return same
-
-
-def _same_class_attributes(attributes: list[tuple[Any, str]]) -> Condition:
-    values = [vars(cls).get(name) for cls, name in attributes]
-    return lambda: all(
-        vars(cls).get(name) is value for (cls, name), value in zip(attributes, values, strict=True)
-    )
+        yield same_dictionaries([m.__dict__[kind] for m in modules for kind in MEMBERS])
+        tensors, looks = self._tensors, self._geometry
+        yield lambda: same_geometry(tensors, looks)
+        whole = [m for m, some in zip(inner, listed, strict=True) if not some]
+        rest = [attributes(m, self._names(m), set(), is_root=False) for m in whole]
+        if names := self._names(modules[0]):
+            rest.append(attributes(modules[0], names, set(), is_root=True))
+        yield lambda: all(c.unchanged() for c in rest)
 
 
 def _holder(container: Any) -> Any:
     return container.function if isinstance(container, Variables) else container
-
-
-def _some(dictionary: dict[str, Any], names: list[str]) -> Read:
-    return lambda: (names, [dictionary.get(name, MISSING) for name in names])
-
-
-class _Contents:
-    """What an object holds, and what it held when it was last looked at.
-
-    Args:
-        owner: The object, if it has to be kept.
-        read: Tells what it holds.
-        place: The `id` of the container of tensors.
-        slots: Where tensors are which captured graphs take from there anew at each call.
-    """
-
-    def __init__(self, owner: Any, read: Read, place: int, slots: set[tuple[int, Any]]) -> None:
-        self.owner, self._read, self.place, self._slots = owner, read, place, slots
-        self._take(*read())
-
-    def with_slots(self, slots: set[tuple[int, Any]]) -> _Contents:
-        """A copy for another watch."""
-        new = copy.copy(self)
-        new._slots = slots
-        return new
-
-    def unchanged(self) -> bool:
-        """Whether all is as it was."""
-        names, values = self._read()
-        before = self.before
-        return (
-            len(values) == len(before)
-            and all(map(is_, values, before))
-            and (names is self.names or names == self.names)
-        )
-
-    def refresh(self) -> bool:
-        """Takes note of what is there now; whether containers or the places of tensors changed."""
-        if self.unchanged():
-            return False
-        arranged = self._arrangement()
-        self._take(*self._read())
-        return self._arrangement() != arranged
-
-    def tensors(self) -> list[torch.Tensor]:
-        """The tensors in it."""
-        return self._tensors
-
-    def described(self, description: Description) -> Hashable:
-        """What it holds, see `Watch.described`."""
-        return tuple(
-            (
-                name if isinstance(name, (str, int)) else description.by_identity(name),
-                None if (self.place, name) in self._slots else description.of(value),
-            )
-            for name, value in zip(self.names, self.before, strict=True)
-        )
-
-    def is_data(self) -> bool:
-        """Whether another object with the same contents serves as well."""
-        return type(self.owner) in (list, dict, set) and not self.tensors()
-
-    def key(self, numbers: dict[int, int]) -> Hashable:
-        """What is compared with states seen before.
-
-        Args:
-            numbers: By `id`, the containers for which another one serves as well.
-        """
-        return tuple(
-            (name, "like", numbers[value]) if value in numbers else (name, value)
-            for name, value in self._parts
-        )
-
-    def _take(self, names: Sequence[Any], values: Sequence[Any]) -> None:
-        self.names, self.before = names, values
-        self._tensors = [v for v in values if isinstance(v, torch.Tensor)]
-        self._parts = [*map(self._part, names, values)]
-
-    def _arrangement(self) -> list[Any]:
-        pairs = zip(self.names, self.before, strict=True)
-        return [
-            (name, None if isinstance(v, torch.Tensor) else id(v))
-            for name, v in pairs
-            if isinstance(v, torch.Tensor) or not is_leaf(v)
-        ]
-
-    def _part(self, name: Any, value: Any) -> tuple[Hashable, Hashable]:
-        name = name if isinstance(name, (str, int)) else id(name)
-        if isinstance(value, torch.Tensor):
-            return name, None if (self.place, name) in self._slots else id(value)
-        by_value = is_plain(value) or (type(value) is tuple and all(map(is_plain, value)))
-        return name, tree.static_key(value) if by_value else id(value)
-
-
-class _Attributes(_Contents):
-    """Some attributes of a module; the root, which keeps the watch, is not kept by it."""
-
-
-def _attributes(
-    module: nn.Module, names: list[str], slots: set[tuple[int, Any]], *, is_root: bool
-) -> _Contents:
-    reference, place = weakref.ref(module), id(module.__dict__)
-
-    def some() -> Inside:
-        attributes = _required(reference()).__dict__
-        return names, [attributes.get(name, MISSING) for name in names]
-
-    def everything() -> Inside:
-        attributes = _required(reference()).__dict__
-        kept = {k: v for k, v in attributes.items() if k not in _INTERNALS and not is_runner(k)}
-        return [*kept], [*kept.values()]
-
-    owner = None if is_root else module
-    if EVERYTHING in names:
-        return _Contents(owner, everything, place, slots)
-    return _Attributes(owner, some, place, slots)
-
-
-def _same_geometry(tensors: list[torch.Tensor], geometry: list[Any]) -> bool:
-    """Whether tensors have their geometry still; makes no objects that stay, which is faster."""
-    for t, known in zip(tensors, geometry, strict=True):
-        if known in _LAZY:
-            if type(t) is not known:
-                return False
-            continue
-        cls, dtype, requires_grad, shape, strides, device = known
-        if (
-            t.dtype is not dtype
-            or t.requires_grad is not requires_grad
-            or t.shape != shape
-            or t.stride() != strides
-            or t.device != device
-            or type(t) is not cls
-        ):
-            return False
-    return True
-
-
-def _geometry(t: torch.Tensor) -> Any:
-    if type(t) in _LAZY:
-        return type(t)
-    return type(t), t.dtype, t.requires_grad, t.shape, t.stride(), t.device
-
-
-def _required(value: Any) -> Any:
-    assert value is not None
-    return value

@@ -16,22 +16,27 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
+import torch.distributed.nn.functional as nn_functional
 import torch.multiprocessing
 from helpers import captures
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
+    PrepareModuleInput,
     RowwiseParallel,
+    SequenceParallel,
     parallelize_module,
 )
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import fxckpt
+from fxckpt.installation import installed
 
 Result = dict[str, Any]
 STEPS = 4
@@ -74,7 +79,13 @@ def whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-def train(net: nn.Module, optimizer: Any = None, accumulate: bool = False, seed: int = 0) -> Result:
+def train(
+    net: nn.Module,
+    optimizer: Any = None,
+    accumulate: bool = False,
+    seed: int = 0,
+    low: bool = False,
+) -> Result:
     """A few steps on data of one's own."""
     optimizer = optimizer or torch.optim.AdamW(net.parameters(), lr=1e-2, foreach=False)
     torch.manual_seed(1 + seed)
@@ -82,7 +93,8 @@ def train(net: nn.Module, optimizer: Any = None, accumulate: bool = False, seed:
     for step in range(STEPS):
         last = not accumulate or step % 2 == 1
         with contextlib.nullcontext() if last else net.no_sync():
-            loss = net(torch.randn(8, 16)).square().mean()
+            with torch.autocast("cpu", torch.bfloat16, enabled=low):
+                loss = net(torch.randn(8, 16)).square().mean()
             loss.backward()
         if last:
             optimizer.step()
@@ -157,14 +169,175 @@ def rewrite_each(modules: Any) -> None:
         fxckpt.rewrite_(module, "nothing", strict=True)
 
 
-def tensor_parallel(rank: int, how: str, _: str) -> Result:
-    """Trained with weights that are spread over the processes."""
-    mesh, model = init_device_mesh("cpu", (2,)), Blocks()
+def _plan(kind: str) -> dict[str, Any]:
+    """How the parts of a block are spread over processes."""
+    if not kind.startswith(("sequence", "DTensor")):
+        return {"up": ColwiseParallel(), "down": RowwiseParallel()}
+    plain = not kind.startswith("DTensor")
+    return {
+        "norm": SequenceParallel(sequence_dim=0, use_local_output=plain),
+        "up": ColwiseParallel(input_layouts=Shard(0)),
+        "down": RowwiseParallel(output_layouts=Shard(0), use_local_output=plain),
+    }
+
+
+def _spread(model: nn.Module, kind: str) -> nn.Module:
+    mesh = init_device_mesh("cpu", (2,))
     for block in model.blocks:
-        parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+        parallelize_module(block, mesh, _plan(kind))
+    if kind.startswith("DTensor"):  # are what blocks get and return; gathered only at the end
+        options = {"input_layouts": Shard(0), "desired_input_layouts": Shard(0)}
+        parallelize_module(model.blocks[0], mesh, PrepareModuleInput(**options))
+        model.norm = Local()
+    return model
+
+
+class Local(nn.Module):
+    """The local part of a tensor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What other processes have, as well."""
+        return x.redistribute(placements=[Replicate()]).to_local()
+
+
+TENSOR_PARALLEL: dict[str, dict[str, Any]] = {
+    "columns": {"policy": "nothing", "units": "model"},
+    "columns, blocks": {"policy": "nothing", "units": "blocks"},
+    "columns, kept": {"policy": "everything", "units": "model"},
+    "columns, budget": {"budget": 0.8, "units": "model"},
+    "columns, autocast": {"policy": "nothing", "units": "blocks"},
+    "sequence": {"policy": "nothing", "units": "model"},
+    "sequence, blocks": {"policy": "dots", "units": "blocks"},
+    "DTensor": {"policy": "nothing", "units": "model"},
+    "DTensor, blocks": {"policy": "nothing", "units": "blocks"},
+}
+
+
+def tensor_parallel(rank: int, how: str, kind: str) -> Result:
+    """Trained with weights that are spread over the processes."""
+    model = _spread(Blocks(), kind)
     if how == "after":
-        fxckpt.rewrite_(model, "nothing", units="model")
-    return {**train(model), "captured": captured(model)}
+        fxckpt.rewrite_(model, strict=True, **TENSOR_PARALLEL[kind])
+    with Counter() as counter:
+        found = train(model, low="autocast" in kind)
+        model(torch.randn(8, 16)).square().mean().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    return {
+        **found,
+        "tensors": [*found["tensors"], *map(_local, gradients.values())],
+        "keys": [*found["keys"], *((n, _spreading(g)) for n, g in gradients.items())],
+        "count": counter.count,
+        "used": 1 if how == "eager" else len(_latest(model)),
+        "recomputed": sum("recomputed" in c.program.split.forward.code for c in _latest(model)),
+    }
+
+
+def _latest(model: nn.Module) -> list[Any]:
+    runner = installed(model)
+    return [] if runner is None else [latest for _, latest in runner.captured()]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _spreading(tensor: Tensor) -> str:
+    placements = tensor.placements if isinstance(tensor, DTensor) else None
+    return f"{type(tensor).__name__} {tuple(tensor.shape)} {tensor.stride()} {placements}"
+
+
+def foreign(rank: int, how: str, kind: str) -> Result:
+    """Trained by DTensors that the model does not hold, or changes, or under a transform."""
+    model = _spread(Blocks(), "columns")
+    model.blocks[0].drop = FOREIGN[kind](model.blocks[1].up.weight)
+    if how == "after":
+        fxckpt.rewrite_(model, "nothing", units=["blocks.0"])
+    return train(model)
+
+
+class Scaled(nn.Module):
+    """Reads a DTensor that is no parameter of its own."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.hidden = Hidden(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x, scaled."""
+        return x * (1 + self.hidden.weight.sum().full_tensor())
+
+
+class Hooked(nn.Module):
+    """Counts its calls in a hook of a style."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.count, self.inner = 0, nn.Identity()
+        distribute_module(self.inner, weight.device_mesh, input_fn=self.noting)
+
+    def noting(self, module: nn.Module, inputs: Any, mesh: Any) -> Any:
+        """The inputs."""
+        self.count += 1
+        return tuple(x * self.count for x in inputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x, scaled."""
+        return self.inner(x)
+
+
+class Hidden:
+    """Something that holds a tensor."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+
+
+class Counted(nn.Module):
+    """Changes a DTensor in place."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("count", weight.detach() * 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x, scaled."""
+        self.count += 1
+        return x * self.count.to_local().mean()
+
+
+class Recomputed(nn.Module):
+    """Runs again what it does in backward, where other tensors are in the model."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x, scaled."""
+        return checkpoint(lambda x: x * self.weight.exp().sum().full_tensor(), x, **PLAIN)
+
+
+class Named(nn.Module):
+    """Gives names to a DTensor."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x, scaled."""
+        named = fxckpt.name(self.weight.exp(), "scale")
+        return x * named.sum().full_tensor()
+
+
+PLAIN: dict[str, Any] = {"use_reentrant": False}
+FOREIGN: dict[str, Callable[[Tensor], nn.Module]] = {
+    "elsewhere": Scaled,
+    "in a checkpoint": Recomputed,
+    "named": Named,
+    "in place": Counted,
+    "hook": Hooked,
+}
 
 
 # --- collectives inside of a model --------------------------------------------------------------
@@ -179,7 +352,8 @@ class Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs the operation."""
-        if func.namespace in ("c10d", "_c10d_functional") and "wait" not in str(func):
+        passive = any(each in str(func) for each in ("wait_tensor", "_wrap_tensor"))
+        if func.namespace in ("c10d", "_c10d_functional") and not passive:
             self.count += 1
         return func(*args, **(kwargs or {}))
 
@@ -217,12 +391,39 @@ def after_a_barrier(x: Tensor) -> Tensor:
     return x.exp()
 
 
+def mean_of_all(x: Tensor) -> Tensor:
+    return x / (1 + functional.all_reduce(x.detach().mean(), "avg", dist.group.WORLD))
+
+
+def gathered(x: Tensor) -> Tensor:
+    everything = functional.all_gather_tensor_autograd(x, 0, dist.group.WORLD)
+    return functional.reduce_scatter_tensor_autograd(everything, "sum", 0, dist.group.WORLD)
+
+
+def unread(x: Tensor) -> Tensor:
+    functional.all_reduce(x.detach(), "sum", dist.group.WORLD).sum()
+    return x.exp()
+
+
+def several(x: Tensor) -> Tensor:
+    parts = [x.detach(), x.detach().exp()]
+    first, second = functional.all_reduce_coalesced(parts, "sum", dist.group.WORLD)
+    return x * second.sigmoid() + first
+
+
 COLLECTIVES: dict[str, Callable[[Tensor], Tensor]] = {
     "all_reduce": mean_in_place,
     "all_gather": first_of_all,
     "barrier": after_a_barrier,
-    "functional all_reduce": lambda x: functional.all_reduce(x, "sum", dist.group.WORLD),
     "in backward": Summed.apply,
+    "differentiable": nn_functional.all_reduce,
+}
+FUNCTIONAL: dict[str, Callable[[Tensor], Tensor]] = {
+    "functional all_reduce": lambda x: functional.all_reduce(x, "sum", dist.group.WORLD),
+    "functional mean": mean_of_all,
+    "functional all_gather": gathered,
+    "functional, unread": unread,
+    "functional, several": several,
 }
 
 
@@ -241,18 +442,19 @@ class Communicates(nn.Module):
 
 def collective(rank: int, how: str, kind: str) -> Result:
     """Trained with communication in its forward or backward."""
-    model = Communicates(COLLECTIVES[kind])
-    if how == "after":
-        fxckpt.rewrite_(model, "nothing", units="model")
+    model = Communicates({**COLLECTIVES, **FUNCTIONAL}[kind])
+    if how in ("after", "budget"):
+        policy = {"budget": 0.9} if how == "budget" else {"policy": "nothing"}
+        fxckpt.rewrite_(model, units="model", **policy)
     with Counter() as counter:
         found = train(model, seed=rank)
-    return {**found, "count": counter.count}
+    return {**found, "count": counter.count, "captured": captured(model)}
 
 
 # --- checkpoints --------------------------------------------------------------------------------
 
 
-def checkpoint(rank: int, how: str, folder: str) -> Result:
+def saved_and_read(rank: int, how: str, folder: str) -> Result:
     """A distributed checkpoint, of a rewritten model or of eager, read by eager."""
     model = Blocks()
     if how == "before":
@@ -281,9 +483,11 @@ def cases(folder: str) -> dict[str, Callable[[int], Result]]:
     families = {
         "data parallel": (data_parallel, ("eager", "before", "after"), KINDS),
         "sharded": (sharded, ("eager", "before", "after"), ("plain", "kept", "bfloat16")),
-        "tensor parallel": (tensor_parallel, ("eager", "after"), ("plain",)),
+        "tensor parallel": (tensor_parallel, ("eager", "after"), tuple(TENSOR_PARALLEL)),
+        "foreign": (foreign, ("eager", "after"), tuple(FOREIGN)),
         "collective": (collective, ("eager", "after"), tuple(COLLECTIVES)),
-        "checkpoint": (checkpoint, ("eager", "before"), (folder,)),
+        "functional": (collective, ("eager", "after", "budget"), tuple(FUNCTIONAL)),
+        "checkpoint": (saved_and_read, ("eager", "before"), (folder,)),
     }
     return {
         f"{name}, {'' if kind == folder else kind}, {how}": _case(run, how, kind)

@@ -3,18 +3,23 @@
 import copy
 import gc
 import random
+import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 import pytest
 import test_blocks
 import torch
+import torch.distributed as dist
 from helpers import assert_same_training, captures
 from test_memory import most_allocated
 from torch import Tensor, nn
 from torch.autograd.profiler import profile
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_module
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import fxckpt
@@ -22,6 +27,7 @@ from fxckpt import BudgetError, FallbackWarning
 from fxckpt.blocks import Blocks
 from fxckpt.budgeting import StepPlan
 from fxckpt.installation import runner_of
+from fxckpt.unit import Unit
 
 WIDTH, ROWS = 16, 2048
 TINY = {"vocab_size": 64, "bos_token_id": 0, "eos_token_id": 0}
@@ -340,6 +346,33 @@ def test_what_cannot_be_measured_is_an_error() -> None:
         fxckpt.rewrite(net(), plan=found, units="blocks")
 
 
+@pytest.fixture
+def process() -> Iterator[None]:
+    """A group of one process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process")
+def test_nothing_is_sent_to_processes_that_do_not_measure() -> None:
+    class Sending(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            dist.all_reduce(x.detach().sum())
+            sent.append("forward")
+            return super().forward(x)
+
+    sent: list[str] = []
+    model = rewritten(Sending(*(Layer() for _ in range(3))), 0.5)
+    with pytest.raises(BudgetError, match="communicate"):
+        model(batch())
+    assert not sent
+    model = net()
+    distribute_module(model, init_device_mesh("cpu", (1,)))
+    with pytest.raises(BudgetError, match="one of class DTensor"):
+        rewritten(model, 0.5)(batch())
+
+
 def test_nothing_to_choose() -> None:
     class Skipping(Net):
         def forward(self, x: Tensor) -> Tensor:
@@ -367,3 +400,90 @@ def test_reports_tell_of_the_step(tmp_path: Any) -> None:
     text = str(report) + report.to_markdown() + report._repr_html_()
     assert "outside" in text
     report.to_html(tmp_path / "page.html")
+
+
+# --- the default ----------------------------------------------------------------------------------
+
+
+def small() -> Tensor:
+    return torch.randn(64, WIDTH)
+
+
+@pytest.mark.parametrize(("count", "why"), [(31, "the model"), (32, "32 blocks, as at least 32")])
+def test_many_layers_are_units_under_a_budget(count: int, why: str) -> None:
+    class Plain(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = layer(x)
+            return self.head(x).square().sum()
+
+    def rewrite(model: nn.Module, _: Any) -> nn.Module:
+        return rewritten(model, 0.6, units=None)
+
+    model = assert_same_training(
+        lambda: Plain(*(Layer() for _ in range(count))), lambda _: small(), rewrite=rewrite
+    )
+    report = fxckpt.explain(model)
+    assert report.units.startswith(why)
+    assert report.peak <= report.budget < report.eager_peak
+
+
+@pytest.mark.parametrize(
+    ("around", "reason"),
+    [(profile, "the step is measured by torch's profiler"), (nullcontext, "no plan fits")],
+    ids=["cannot be measured", "does not fit"],
+)
+def test_a_budget_that_blocks_refuse_is_one_of_the_whole(
+    around: Callable[[], AbstractContextManager[Any]], reason: str
+) -> None:
+    """What lies outside of the blocks fills most of the memory: as one unit, it is less."""
+
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 512)
+            self.layers = nn.ModuleList(
+                nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(32)
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            for layer in self.layers:
+                x = layer(x)
+            return torch.log_softmax(self.head(x).sin().exp().tanh(), 1).sum()
+
+    torch.manual_seed(0)
+    model, x = Wide(), torch.randn(256, WIDTH)
+    least = least_of(lambda: rewritten(model, "1 KiB", units="model")(x).backward())
+    ours = rewritten(model, least, units=None)
+    results = []
+    with around():
+        for m in (model, ours):
+            results.append([loss := m(x), *torch.autograd.grad(loss, [*m.parameters()])])
+    assert all(map(torch.equal, *results))
+    units = fxckpt.explain(ours).units
+    assert units.startswith("the model as a whole, as its budget over blocks is refused")
+    assert reason in units
+    with pytest.raises(BudgetError, match="no plan fits"):
+        rewritten(model, "1 KiB", units=None)(x)
+
+
+def least_of(step: Callable[[], Any]) -> int:
+    """The bytes that an error says are needed at least."""
+    with pytest.raises(BudgetError) as caught:
+        step()
+    found = re.search(r"least that was found is [^(]*\((\d+) bytes", str(caught.value))
+    assert found is not None
+    return int(found[1])
+
+
+def test_a_transform_before_anything_is_known_makes_the_model_one_unit() -> None:
+    model = rewritten(
+        nn.Sequential(*(nn.Sequential(nn.Linear(4, 4)) for _ in range(32))), 1.0, None
+    )
+
+    def loss(x: Tensor) -> Tensor:
+        return model(x).sum()
+
+    torch.func.vmap(torch.func.grad(loss))(torch.ones(2, 3, 4))
+    assert isinstance(runner_of(model), Unit)

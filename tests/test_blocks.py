@@ -209,6 +209,33 @@ def test_a_layer_that_is_changed_later() -> None:
     assert len(captures(ours)) >= 4
 
 
+def test_a_hook_for_all_modules_that_comes_later() -> None:
+    """No layer runs what was captured of another one before that."""
+
+    def double(m: nn.Module, args: Any, result: Tensor) -> Tensor | None:
+        return result * 2 if type(m) is nn.GELU else None
+
+    def loss(m: nn.Module) -> Tensor:
+        torch.manual_seed(0)
+        return m(batch(0)).square().sum()
+
+    model = blocks_of_gelu()
+    ours = fxckpt.rewrite(model, "nothing", units="blocks")
+    loss(ours).backward()
+    handle = nn.modules.module.register_module_forward_hook(double)
+    try:
+        with pytest.warns(FallbackWarning, match="a hook is registered for all modules"):
+            assert torch.equal(loss(ours), loss(model))
+    finally:
+        handle.remove()
+    assert torch.equal(loss(ours), loss(model))
+
+
+def blocks_of_gelu() -> nn.Module:
+    layers = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU()) for _ in range(3)]
+    return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Sequential(*layers))
+
+
 def test_gradients_come_block_by_block() -> None:
     """As in eager: those of the last block are there before backward of the first one starts."""
 
@@ -430,7 +457,7 @@ def test_many_layers_are_units_by_default(layers: int, units: str) -> None:
     assert type(runner_of(copy.deepcopy(model))).__name__ == units
 
 
-@pytest.mark.parametrize("options", [{"policy": "sqrt"}, {"budget": 1.0}])
+@pytest.mark.parametrize("options", [{"policy": "sqrt"}, {"budget": 1.0, "dynamic": True}])
 def test_what_decides_for_the_whole_makes_it_one_unit(options: Any) -> None:
     model = fxckpt.rewrite(nn.Sequential(*(Layer() for _ in range(32))), **options)
     model(batch(0)).sum().backward()

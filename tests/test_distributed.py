@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import distributed
 import pytest
 import torch
+import torch.distributed as dist
+from helpers import captures
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import fxckpt
@@ -54,9 +59,21 @@ def test_each_block_sharded(kind: str, how: str, results: list[dict[str, Any]]) 
 
 
 @pytest.mark.slow
-def test_tensor_parallel_falls_back(results: list[dict[str, Any]]) -> None:
-    for found in compared(results, "tensor parallel, plain", "after"):
-        assert "a tensor of class DTensor is used" in found["warnings"][0]
+@pytest.mark.parametrize("kind", distributed.TENSOR_PARALLEL)
+def test_tensor_parallel(kind: str, results: list[dict[str, Any]]) -> None:
+    for found in compared(results, f"tensor parallel, {kind}", "after"):
+        assert found["used"] == (3 if "blocks" in str(distributed.TENSOR_PARALLEL[kind]) else 1)
+        assert bool(found["recomputed"]) == ("kept" not in kind)
+        assert not found["warnings"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", distributed.FOREIGN)
+def test_other_distributed_tensors(kind: str, results: list[dict[str, Any]]) -> None:
+    for found in compared(results, f"foreign, {kind}", "after"):
+        reason = {"in place": "a DTensor, in place", "hook": "a hook is registered"}.get(kind)
+        assert bool(found["warnings"]) == bool(reason)
+        assert all(str(reason) in warning for warning in found["warnings"])
 
 
 @pytest.mark.slow
@@ -70,8 +87,55 @@ def test_nothing_is_communicated_twice(kind: str, results: list[dict[str, Any]])
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("how", ["after", "budget"])
+@pytest.mark.parametrize("kind", distributed.FUNCTIONAL)
+def test_functional_collectives_run_once(
+    kind: str, how: str, results: list[dict[str, Any]]
+) -> None:
+    for found in compared(results, f"functional, {kind}", how):
+        assert found["count"] >= distributed.STEPS
+        assert found["captured"] == 1
+        assert not found["warnings"]
+
+
+@pytest.mark.slow
 def test_distributed_checkpoint(results: list[dict[str, Any]]) -> None:
     compared(results, "checkpoint, ", "before")
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    """That of one process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_placements_are_part_of_a_signature(mesh: DeviceMesh) -> None:
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.weight.tanh().exp().sum().full_tensor() * x
+
+    model = Product()
+    lean = fxckpt.rewrite(model, "nothing", strict=True)
+    there = (Shard(0), Shard(1), Replicate(), Shard(0))
+    for placement, number in zip(there, (1, 2, 3, 3), strict=True):
+        weight = distribute_tensor(torch.randn(4, 4), mesh, [placement])
+        model.weight = lean.weight = nn.Parameter(weight)
+        found = []
+        for each in (model, lean):
+            model.weight.grad = None
+            result = each(torch.tensor(3.0))
+            result.backward()
+            gradient = model.weight.grad
+            assert gradient.placements == (placement,)
+            found.append((result, gradient.to_local()))
+        assert all(map(torch.equal, *found))
+        assert len(captures(lean)) == number
 
 
 def test_wrapper_is_refused() -> None:

@@ -34,8 +34,18 @@ def lean(model: nn.Module) -> nn.Module:
     return fxckpt.rewrite_(model, "nothing")  # blocks are the default in distributed training
 
 
-def inside(model: nn.Module) -> nn.Module:
-    lean(model.module)
+def within(model: nn.Module) -> nn.Module:
+    return fxckpt.rewrite_(model, budget=1.0, planning_seconds=0.5)
+
+
+def planned(model: nn.Module) -> nn.Module:
+    return fxckpt.rewrite_(model, units="blocks", budget=0.8)
+
+
+def inside(
+    model: nn.Module, rewrite: Callable[[nn.Module], nn.Module] = lean
+) -> DistributedDataParallel:
+    rewrite(model.module)
     return model
 
 
@@ -43,6 +53,11 @@ MIXED = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
 WAYS: dict[str, tuple[Callable[[nn.Module], nn.Module], Callable[[nn.Module], nn.Module]]] = {
     "ddp": (DistributedDataParallel, lambda m: DistributedDataParallel(lean(m))),
     "ddp first": (DistributedDataParallel, lambda m: inside(DistributedDataParallel(m))),
+    "ddp, a budget": (DistributedDataParallel, lambda m: DistributedDataParallel(within(m))),
+    "ddp first, budget": (
+        DistributedDataParallel,
+        lambda m: inside(DistributedDataParallel(m), planned),
+    ),
     "fsdp": (shard, lambda m: shard(lean(m))),
     "fsdp first": (shard, lambda m: lean(shard(m))),
     "fsdp mixed": (lambda m: shard(m, mp_policy=MIXED), lambda m: shard(lean(m), mp_policy=MIXED)),
@@ -76,6 +91,9 @@ def in_process(rank: int, way: str, path: str) -> None:
     runner = next(filter(None, map(installed, ours.modules())))
     assert all(unit.latest is not None for _, unit in runner.parts.runners())
     assert all(map(torch.equal, expected, got))
+    if "budget" in way:
+        plan = runner.budgeting.latest
+        assert plan.peak <= plan.budget < plan.eager_peak
     assert [*eager.state_dict()] == [*ours.state_dict()]
     dist.destroy_process_group()
 

@@ -230,13 +230,59 @@ def test_callback_refuses_options_at_once(arguments: dict[str, Any], error: Any)
         FxckptCallback(**arguments)
 
 
-@pytest.mark.parametrize("what", ["gradient_checkpointing", "torch_compile"])
-def test_callback_refuses_what_makes_it_useless(what: str, tmp_path: Path) -> None:
+def test_callback_refuses_what_makes_it_useless(tmp_path: Path) -> None:
     trainer = trainer_of(gpt2(), tmp_path, FxckptCallback("block"))
-    setattr(trainer.args, what, True)
-    with pytest.raises(fxckpt.FxckptError, match=f"{what}=True in TrainingArguments"):
+    trainer.args.gradient_checkpointing = True
+    with pytest.raises(fxckpt.FxckptError, match="gradient_checkpointing=True in TrainingArg"):
         FxckptCallback("block").on_train_begin(trainer.args, None, None, model=trainer.model)
     assert not fxckpt.is_rewritten(trainer.model)
+
+
+class Compiled(TrainerCallback):
+    """Tells what was compiled."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Notes the latest graphs of Dynamo, and how many halves Inductor has compiled."""
+        self.operations = torch._dynamo.utils.counters["stats"]["calls_captured"]
+        programs = [p for c in captures(kwargs["model"]) for p in c._programs.values()]
+        self.halves = sum(len(p.compiled or ()) for p in programs)
+
+
+@pytest.mark.parametrize(
+    ("backend", "steps"), [("aot_eager", 4), pytest.param("inductor", 12, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("build", [gpt2, llama])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Inductor's
+def test_callback_with_torch_compile(
+    build: Build,
+    backend: str,
+    steps: int,
+    eager: Callable[..., Trainer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The losses of eager, with its masks of dropout, in one operation without breaks."""
+    expected = eager(build, max_steps=steps)
+    for name in ("BACKEND", "MODE"):  # that is how the arguments tell accelerate
+        monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", "")
+        monkeypatch.delenv(f"ACCELERATE_DYNAMO_{name}")
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    seen = Compiled()
+    callback = FxckptCallback("block", strict=True)
+    ours = trainer_of(
+        build(), tmp_path / "ours", callback, seen, max_steps=steps, torch_compile_backend=backend
+    )
+    ours.train()
+    assert seen.operations
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert not fxckpt.is_rewritten(ours.model)
+    if backend == "aot_eager":
+        assert_same_training(ours, expected)
+    else:
+        assert seen.halves
+        assert losses(ours) == pytest.approx(losses(expected), rel=1e-4)
+    assert ours.evaluate()["eval_loss"] == pytest.approx(expected.evaluate()["eval_loss"], rel=1e-4)
 
 
 OWN = "activation_checkpointing_enable"  # gradient_checkpointing_enable before transformers 5.20

@@ -57,6 +57,22 @@ def spectrum(x: Tensor) -> Tensor:
     return torch.fft.irfft(x, n=6, dim=0)
 
 
+def reshaped(x: Tensor) -> Tensor:
+    """A tensor gets another shape in place."""
+    return x.sin().unsqueeze_(0).squeeze(0)
+
+
+def attended(x: Tensor) -> Tensor:
+    """A kernel that takes rows whose elements lie side by side."""
+    x = x[None, None]
+    return F.scaled_dot_product_attention(x, x, x)[0, 0]
+
+
+def normed(x: Tensor) -> Tensor:
+    """A kernel that takes contiguous operands."""
+    return F.group_norm(x[None], 1)[0]
+
+
 STEPS: tuple[Step, ...] = (
     rows_doubled,
     column_copied,
@@ -64,6 +80,8 @@ STEPS: tuple[Step, ...] = (
     blank_filled,
     triangle,
     spectrum,
+    reshaped,
+    normed,
     torch.t,
     torch.relu,
     lambda x: torch.cat([x, x.cos()], 0),
@@ -106,6 +124,12 @@ def compare(
 @pytest.mark.parametrize("dim", range(3))
 def test_what_is_changed_in_place(dim: int, transform: str) -> None:
     compare([rows_doubled, column_copied], transform, dim)
+
+
+@pytest.mark.parametrize("step", [reshaped, attended, normed, spectrum])
+@pytest.mark.parametrize("dim", range(3))
+def test_what_depends_on_strides(step: Step, dim: int) -> None:
+    compare([step], "vmap(grad)", dim)
 
 
 @given(

@@ -16,7 +16,9 @@ class FxckptCallback(TrainerCallback):
     """Rewrites the model of a `transformers.Trainer` while it is trained.
 
     The model is rewritten in place when training begins, and is restored when training is done.
-    Losses, parameters and checkpoints are those of a run without the callback, bit for bit.
+    Losses, parameters and checkpoints are those of a run without the callback, bit for bit. With
+    `torch_compile=True` they are those of eager, up to rounding by Inductor: dropout has the masks
+    of eager.
 
     Args:
         policy: What to recompute, as for `fxckpt.rewrite`.
@@ -56,10 +58,6 @@ def _require_eager(args: Any) -> None:
         "gradient_checkpointing=True": (
             args.gradient_checkpointing,
             "layers would be recomputed twice; leave it out",
-        ),
-        "torch_compile=True": (
-            args.torch_compile,
-            "rewrite the model before the trainer is made, without the callback",
         ),
         "several devices in one process": (
             args.parallel_mode is ParallelMode.NOT_DISTRIBUTED,
