@@ -18,8 +18,9 @@ All decisions satisfy these, so the optimum remains a bound, and it is hardly ev
 replay shows. What it does not contain are the bytes while something runs again. A program for plans
 has rows for these too: operands and results of an operation, and all that has run before it.
 
-Chains of operations are followed for `_DEPTH` steps back from what is read; what lies behind has
-not run, unless something at the end of a chain has.
+Chains of operations are followed for `_NEAR` steps back from what is read; what lies behind has not
+run, unless something at the end of a chain has. Where the bound may be the reason that a plan looks
+poor, they are followed for `_FAR` steps, at the moments that bind: through all of a layer.
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ from scipy.sparse import csr_matrix
 
 from fxckpt.solve import Floats, Problem, Solution, sums
 
-_DEPTH = 12
+_NEAR, _FAR = 12, 40
 _MOST_CUTS, _MOST_ROUNDS = 6, 4  # moments that one round adds; with fewer rows a bound is lower
 _FEW, _MOST_NODES = 48, 30  # operations that run again, nodes of branching for a sharper bound
-_GAIN = 1e-3  # of the optimum, that a round has to bring for there to be another one
+_GAIN = 1.5e-2  # of the optimum, that a round has to bring for there to be another one
 _TOLERANCE, _SLACK = (
     1e-4,
     0.01,
@@ -155,6 +156,18 @@ class Exact:
             return None
         return max(float(found.mip_dual_bound) - self._ties(), 0.0) * self._scale
 
+    def deepened(self, budget: float) -> float | None:
+        """A bound that knows more of what waits; for the budget that was solved for last.
+
+        None if there is none: if that was not solved, or nothing fits.
+        """
+        if self._latest is None:
+            return None
+        near, self._cuts = self._cuts, {cut: self._rows_of(cut, _FAR) for cut in self._cuts}
+        found = self._relaxed(*self._assembled(budget))
+        self._cuts = near
+        return None if found.x is None else self._solution(found, whole=False).seconds
+
     def _keep_tight(self, values: Floats, least: Floats) -> None:
         """Drops the moments that do not bind; those that were added last are not known yet."""
         row = len(self._logic.bounds)
@@ -246,7 +259,7 @@ class Exact:
         new = sorted((c for c in over if c not in self._cuts), key=lambda c: (-over[c], c))
         for cut in new[:_MOST_CUTS]:
             if cut not in self._known:
-                self._known[cut] = self._rows_of(cut)
+                self._known[cut] = self._rows_of(cut, _NEAR)
             self._cuts[cut] = self._known[cut]
         return bool(new)
 
@@ -270,8 +283,8 @@ class Exact:
                     found[cut] = bytes_ - budget
         return found
 
-    def _rows_of(self, cut: Cut) -> _Rows:
-        """The rows of a moment, that of its bytes last."""
+    def _rows_of(self, cut: Cut, depth: int) -> _Rows:
+        """The rows of a moment, that of its bytes last; chains are followed for so many steps."""
         moment, operation = cut
         rows, problem = _Rows(self._columns), self.problem
         if operation == -2:
@@ -279,7 +292,7 @@ class Exact:
             fixed = problem.forward[moment]
             bytes_ = [(int(v), float(problem.sizes[v])) for v in live]
         else:
-            waiting = _Waiting(self, rows, moment)
+            waiting = _Waiting(self, rows, moment, depth)
             bytes_ = waiting.live() if operation < 0 else waiting.live_while(operation)
             fixed = (problem.backward if operation < 0 else problem.before)[moment]
         rows.add([(int(c), float(b) / self._unit) for c, b in bytes_ if b], -fixed / self._unit)
@@ -289,20 +302,20 @@ class Exact:
 class _Waiting:
     """The columns and rows of one moment of backward."""
 
-    def __init__(self, program: Exact, rows: _Rows, moment: int) -> None:
+    def __init__(self, program: Exact, rows: _Rows, moment: int, depth: int) -> None:
         self._program, self._rows, self._moment = program, rows, moment
-        self._run = self._near()  # for each operation, the column that says whether it has run
+        self._run = self._near(depth)  # for each operation, the column that says whether it has run
         self._through = self._gates()
         self._waits: dict[int, int] = {}
         self._link()
 
-    def _near(self) -> dict[int, int]:
+    def _near(self, depth: int) -> dict[int, int]:
         """e(o): that of what is read already is r(o)."""
         program, rows, problem = self._program, self._rows, self._program.problem
         n = program._n
         run = {int(o): n + int(o) for o in np.flatnonzero(program._asked <= self._moment)}
         edge = list(run)
-        for _ in range(_DEPTH):
+        for _ in range(depth):
             behind = dict.fromkeys(
                 int(problem.producer[u]) for o in edge for u in problem.operands[o]
             )

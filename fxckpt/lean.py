@@ -5,6 +5,8 @@ For plans (see `planner`): what eager runs stays what policies and eager's own p
     gradients first     What finishes the gradient of a primal runs as soon as it can: that of a
                         weight before that of the layer's input, so that the input can die.
     convolutions        are differentiated in two calls, by the weight and then by the input.
+    masks of what is    What ReLU gave to max-pooling is differentiated by the pooled values, which
+    pooled              are smaller: the elements that were not the largest get no gradient anyway.
     shapes alone        Some operations of backward take an operand for its shape. They get memory
                         of one element that looks like it, and nobody keeps the operand for them.
 
@@ -24,7 +26,7 @@ import torch
 from torch.fx import Graph, Node
 
 from fxckpt import ops
-from fxckpt.joint import Joint, memory_of, owner_of
+from fxckpt.joint import Joint, memory_of, owner_of, producer
 from fxckpt.symbols import blank, looks
 
 aten = torch.ops.aten
@@ -37,6 +39,9 @@ def lean(joint: Joint) -> Joint:
     for node in [*new.backward_nodes()]:
         if node.target is aten.convolution_backward.default and _is_worth_two_calls(node, last):
             _differentiate_twice(node)
+    for node in [*new.backward_nodes()]:
+        if (pooling := _pooled_alone(new, node)) is not None:
+            _mask_before_pooling(node, *pooling)
     for node in [*new.backward_nodes()]:
         for position in ops.read_for_shape(node):
             _imitate(node, position)
@@ -141,6 +146,55 @@ def _like(node: Node, args: tuple[Any, ...], name: str) -> Node:
     results = zip(node.meta["val"], args[-1], strict=True)
     made.meta = {**node.meta, "val": tuple(t if wanted else None for t, wanted in results)}
     return made
+
+
+# --- masks of what is pooled ----------------------------------------------------------------------
+
+_MAX_POOLING = (  # backward: of the gradient, the operand, ..., the indices
+    aten.max_pool2d_with_indices_backward.default,
+    aten.adaptive_max_pool2d_backward.default,
+)
+
+
+def _pooled_alone(joint: Joint, node: Node) -> tuple[Node, Node] | None:
+    """If a node differentiates a ReLU whose result only a max-pooling reads: its backward, result.
+
+    Every element that an output of the pooling came from has its value, so the threshold finds both
+    on the same side, NaN included. Where windows overlap, sums have the same terms, or only zeros.
+    """
+    gradient: Any
+    if node.target is not aten.threshold_backward.default:
+        return None
+    gradient, x, _ = node.args
+    if gradient.target not in _MAX_POOLING or gradient.args[1] is not x:
+        return None
+    indices: Any = gradient.args[-1]
+    pooled = next((n for n in producer(indices).users if n.args[1] == 0), None)
+    if pooled is None or 1 not in ops.read_for_shape(gradient):
+        return None
+    readers = {n for n in x.users if n.meta.get("phase") == "backward"}
+    wanted = {g for each in joint.grads.values() for g in each}
+    alike = ((gradient.args[0], pooled), (gradient, node))
+    same = all(_geometry(one) == _geometry(other) for one, other in alike)
+    alone = {*gradient.users} == {node} and readers == {gradient, node} and node not in wanted
+    return (gradient, pooled) if same and alone else None
+
+
+def _geometry(node: Node) -> tuple[Any, ...]:
+    look = looks(node.meta["val"])
+    return look.size, look.stride
+
+
+def _mask_before_pooling(node: Node, gradient: Node, pooled: Node) -> None:
+    """Lets a threshold work on the gradient of what was pooled, before it is spread out."""
+    before: Any = gradient.args[0]
+    with node.graph.inserting_before(gradient):
+        args = (before, pooled, node.args[2])
+        made = node.graph.create_node("call_function", node.target, args, {}, node.name + "_pooled")
+    made.meta = {**node.meta, "val": pooled.meta["val"]}
+    gradient.update_arg(0, made)
+    node.replace_all_uses_with(gradient)
+    node.graph.erase_node(node)
 
 
 # --- shapes alone ---------------------------------------------------------------------------------

@@ -15,15 +15,16 @@ budget, and of the optimum. Four things make plans of them:
 All that is ever replayed goes into one pool, from which each budget takes the fastest that fits:
 what was found for a smaller budget is not lost for a larger one.
 
-It ends when the best is within 2 % of the bound, and is limited by a number of replays and not by a
-clock, so that it is deterministic.
+It ends when the best is within 2 % of the bound, or 4 % before it aims lower, and is limited by a
+number of replays and not by a clock, so that it is deterministic.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections import Counter
+import math
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -42,12 +43,12 @@ Decision = NDArray[np.bool_]
 
 _ROUNDINGS = (0.999, 0.5, 0.001)  # what counts as saved
 _RECENT = 32  # replays that are kept
-_LESSONS, _AIMS = 3, 8  # how often to learn, and to aim lower
+_LESSONS, _AIMS = 4, 8  # how often to learn, and to aim lower
 _SHARES = (1.0, 0.85, 0.7)  # of the budget, that are aimed for from below
-# Times the bound: when to stop, to exchange, and to look from below.
+# Times the bound: when to stop, to aim and exchange, and to look from below.
 _BEST, _GOOD, _POOR = 1.02, 1.04, 1.3
+_EXCHANGES = 3  # times the replays of the other ways, where all is poor
 _FEW = 150  # values, for which exact solutions are found soon
-_EXCHANGES = 3  # times the replays of the other ways
 _AT_ONCE = 6  # values to try to give up
 _HALVINGS, _STARTS, _DESCENT = 8, 4, 0.95  # how to find what needs least
 
@@ -80,6 +81,8 @@ class Search:
         self.memory, self._seconds, self._replays = memory, seconds, replays
         self._solutions = exact if len(memory.values) <= _FEW else 0
         self._problem = problem_of(memory, seconds)
+        self._again = self._problem.seconds[self._problem.producer]
+        self._roles = self._problem.roles()
         self._quick = Quick(memory, seconds)
         self._index = {node: i for i, node in enumerate(memory.values)}
         self._bounds = Exact(self._problem)
@@ -145,28 +148,34 @@ class Search:
         """Looks for decisions within a budget, until one is near the bound."""
         if self.bound(budget) is None:
             return
-        for look in (self._look_by_learning, self._look_exactly, self._look_by_aiming):
+        for look, near in (
+            (self._look_by_learning, _BEST),
+            (self._look_exactly, _GOOD),
+            (self._look_by_aiming, _GOOD),
+        ):
             self._left = self._replays
             look(budget)
             self._sharpen(budget)
             if (known := self.best(budget)) is not None and self._is_poor(budget, _BEST):
                 self._fill(known, budget)
-            if not self._is_poor(budget, _BEST) or self._is_hopeless(budget):
+            if not self._is_poor(budget, near) or self._is_hopeless(budget):
                 return
         self._left = self._replays
         if self._is_poor(budget, _POOR):
             self._look_from_below(budget)
-        self._left = _EXCHANGES * self._replays
+        self._left = self._replays * (_EXCHANGES if self._is_poor(budget, _POOR) else 1)
         if self._is_poor(budget, _GOOD):
             self._exchange(budget)
 
     def _sharpen(self, budget: float) -> None:
         """Raises the bound where it may be the reason that the best looks poor."""
-        poor = self.best(budget) is not None and self._is_poor(budget, _BEST)
-        if poor and budget not in self._sharpened:
-            self._sharpened.add(budget)
-            if (seconds := self._bounds.sharpened(budget)) is not None:
-                self._bound_of[budget] = max(self._bound_of[budget] or 0.0, seconds)
+        if budget in self._sharpened or self.best(budget) is None:
+            return
+        for sharpen in (self._bounds.deepened, self._bounds.sharpened):
+            if self._is_poor(budget, _BEST):
+                self._sharpened.add(budget)
+                if (seconds := sharpen(budget)) is not None:
+                    self._bound_of[budget] = max(self._bound_of[budget] or 0.0, seconds)
 
     def _is_hopeless(self, budget: float) -> bool:
         """Whether nothing fits, not even what needs least."""
@@ -303,13 +312,21 @@ class Search:
         saved = solution.saved > limit
         return np.append(saved, (solution.let_go > 0.5) & ~saved)
 
-    def _repair(self, found: Found, budget: float) -> Found:
-        """Gives up one thing after another until a decision fits, or nothing helps."""
+    def _repair(self, found: Found, budget: float, below: float = math.inf) -> Found:
+        """Gives up one thing after another until a decision fits, or nothing helps.
+
+        Args:
+            found: The decision.
+            budget: Bytes.
+            below: Seconds from which on it is of no use.
+        """
         while found.peak > budget and self._left > 0:
             over = _excess(found, budget)
             best, most = None, 0.0
-            for decision in self._remedies(found.decision):
+            for decision in self._remedies(found.decision, below - found.seconds):
                 other = self._try(decision)
+                if other.seconds >= below:
+                    continue
                 gain = over - _excess(other, budget)
                 gain /= max(other.seconds - found.seconds, 1e-9)
                 if gain > most:
@@ -319,11 +336,16 @@ class Search:
             found = best
         return found
 
-    def _remedies(self, decision: Decision) -> Iterator[Decision]:
-        """Decisions with one value less where most lives, or one that ends recomputation there."""
+    def _remedies(self, decision: Decision, within: float) -> Iterator[Decision]:
+        """Decisions with one value less where most lives, or one that ends recomputation there.
+
+        Args:
+            decision: What is to be changed.
+            within: Seconds that this may cost.
+        """
         count, peak = len(self._index), self._count(decision).at_peak()
         alive = [v for n in peak if (v := self._index.get(n)) is not None]
-        saved = [v for v in alive if decision[v]]
+        saved = [v for v in alive if decision[v] and self._again[v] < within]
         for v in sorted(saved, key=self._seconds_for_a_byte)[:_AT_ONCE]:
             yield _changed(decision, v, False)
         waiting = [v for v in alive if not decision[v] and not decision[count + v]]
@@ -337,7 +359,7 @@ class Search:
         improved = True
         while improved and self._left > 0:
             improved = False
-            for v, value in [*self._supplements(found.decision)]:
+            for v, value in self._samples(found.decision):
                 if self._left <= 0:
                     return
                 if value and not self._has_room(found, v, budget):
@@ -368,14 +390,25 @@ class Search:
         improved = True
         while improved and self._left > 0 and (found := self.best(budget)) is not None:
             improved = False
-            for v, value in [*self._supplements(found.decision)]:
+            for v, value in self._samples(found.decision):
                 if self._left <= 0:
                     return
-                other = self._repair(self._try(_changed(found.decision, v, value)), budget)
+                other = self._try(_changed(found.decision, v, value))
+                other = self._repair(other, budget, found.seconds)
                 if other.peak <= budget and other.seconds < found.seconds:
                     self._fill(other, budget)
                     improved = True
                     break
+
+    def _samples(self, decision: Decision) -> list[tuple[int, bool]]:
+        """Of supplements that do the same in equal layers, the outer ones and the middle one."""
+        count, alike = len(self._index), defaultdict(list)
+        supplements = [*self._supplements(decision)]
+        for v, value in supplements:
+            alike[self._roles[v % count], value].append((v, value))
+        several = [sorted(each) for each in alike.values()]
+        chosen = {each[i] for each in several for i in (0, len(each) // 2, -1)}
+        return [each for each in supplements if each in chosen]
 
     def _supplements(self, decision: Decision) -> Iterator[tuple[int, bool]]:
         """What could be changed for less recomputation; the most seconds for a byte first."""
@@ -389,8 +422,7 @@ class Search:
             yield v, True
 
     def _seconds_for_a_byte(self, v: int) -> float:
-        problem = self._problem
-        return float(problem.seconds[problem.producer[v]] / max(problem.sizes[v], 1.0))
+        return float(self._again[v] / max(self._problem.sizes[v], 1.0))
 
 
 def problem_of(memory: Memory, seconds: dict[Node, float]) -> Problem:

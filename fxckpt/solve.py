@@ -31,7 +31,7 @@ few dozen matter. Solved by HiGHS through `scipy.optimize`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,8 +43,9 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 _MOST_CUTS = 24  # rows that one round of cutting planes adds
-_MOST_NODES, _ENOUGH = 1, 3e-3  # of branching: how often, and what counts as the optimum
+_MOST_NODES, _ENOUGH = 1, 5e-3  # of branching: how often, and what counts as the optimum
 _TOLERANCE = 1e-6  # of the budget
+_NEAR = 4  # operations away
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +98,32 @@ class Problem:
                 if last[v] == moment:
                     until[v] = moment - 1
         return until
+
+    def roles(self) -> list[int]:
+        """A number for each value: the same where all that is `_NEAR` is the same.
+
+        So it is in equal layers, apart from the ends of a stack (Weisfeiler and Leman 1968).
+        """
+        makes, count = self.producer, len(self.sizes)
+        readers: list[list[int]] = [[] for _ in range(count)]
+        for o, operands in enumerate(self.operands):
+            for u in operands:
+                readers[u].append(o)
+        results: list[list[int]] = [[] for _ in self.seconds]
+        for v, o in enumerate(makes):
+            results[o].append(v)
+        read = np.bincount([v for at in self.reads for v in at], minlength=count)
+        values = _numbered(zip(self.sizes, read, strict=True))
+        for _ in range(_NEAR):
+            operations = _numbered(
+                (*(values[u] for u in operands), *(-1 - values[v] for v in made), self.seconds[o])
+                for o, (operands, made) in enumerate(zip(self.operands, results, strict=True))
+            )
+            values = _numbered(
+                (values[v], operations[makes[v]], *sorted(operations[o] for o in readers[v]))
+                for v in range(count)
+            )
+        return values
 
     def in_two_moments(self) -> Problem:
         """The same with two moments for each of backward: before it, and at it."""
@@ -307,6 +334,12 @@ class Program:
         costs[: self._values] = weight * problem.sizes
         costs[self._let_go :] = problem.seconds[problem.producer] + weight
         return costs / self._scale
+
+
+def _numbered(things: Iterable[Any]) -> list[int]:
+    """Equal numbers for what is equal."""
+    numbers: dict[Any, int] = {}
+    return [numbers.setdefault(thing, len(numbers)) for thing in things]
 
 
 def sums(count: int, begin: Ints, end: Ints, amounts: Floats) -> Floats:

@@ -89,6 +89,36 @@ def test_channels_last_cannot_be_imitated() -> None:
     assert not can_be_imitated(x.transpose(2, 3))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("window", [(2, 2, 0), (3, 2, 1), (3, 1, 1), 3], ids=str)
+@given(*[st.booleans()] * 3, st.integers(0, 99))
+def test_thresholds_before_or_after_pooling_give_the_same_bits(
+    window: Any, dtype: torch.dtype, last: bool, last_too: bool, relu: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    special = torch.tensor([-0.0, torch.inf, -torch.inf, torch.nan])
+    x = torch.randn(2, 3, 11, 13)
+    x = x.where(torch.rand(x.shape) > 0.1, special[seed % 4]).to(dtype)
+    layouts = torch.contiguous_format, torch.channels_last
+    layout, other = layouts[last], layouts[last_too]
+    y = F.threshold(x.to(memory_format=layout), limit := 0.0 if relu else 0.5, 0.0)
+    if isinstance(window, int):
+        forward, backward, args = aten.adaptive_max_pool2d, aten.adaptive_max_pool2d_backward, ()
+        pooled, indices = forward(y, [window, window])
+    else:
+        forward = aten.max_pool2d_with_indices
+        backward = aten.max_pool2d_with_indices_backward
+        args = (*([each] * 2 for each in window), [1, 1], False)
+        pooled, indices = forward(y, *args)
+    gradient = torch.randn(pooled.shape)
+    gradient = gradient.where(torch.rand(pooled.shape) > 0.1, special[seed // 4 % 3])
+    gradient = gradient.to(dtype).to(memory_format=other)
+    after = aten.threshold_backward(backward(gradient, y, *args, indices), y, limit)
+    masked = aten.threshold_backward(gradient, pooled, limit)
+    before = backward(masked, y, *args, indices)
+    assert content(before) == content(after)
+
+
 POOLS: dict[str, Callable[[Tensor], Tensor]] = {
     "max_pool": lambda x: F.max_pool2d(x, 2),
     "avg_pool": lambda x: F.avg_pool2d(x, 3, 2, 1),
@@ -192,3 +222,33 @@ def test_convolution_whose_input_is_read_later_is_left_alone() -> None:
         len([n for n in better.backward_nodes() if n.target is aten.convolution_backward.default])
         == 2
     )
+
+
+class Pooled(nn.Module):
+    """A convolution, ReLU and max-pooling; what ReLU gives may be read once more."""
+
+    def __init__(self, *, twice: bool) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+        self.twice = twice
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of images."""
+        y = self.stem(x).relu()
+        z = self.head(F.max_pool2d(y, 3, 2, 1)).mean()
+        return z + (y * y).mean() if self.twice else z
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_what_is_pooled_is_masked_before(twice: bool) -> None:
+    """Unless somebody else reads it, backward does without what ReLU gave."""
+    torch.manual_seed(0)
+    plain, x = Pooled(twice=twice), torch.randn(2, 3, 16, 16)
+    ours = decided(Pooled(twice=twice), leanly(everything))
+    ours.load_state_dict(plain.state_dict())
+    for model in (plain, ours):
+        model(x).backward()
+    for mine, theirs in zip(ours.parameters(), plain.parameters(), strict=True):
+        assert content(mine.grad) == content(theirs.grad)
+    read = {n.name for node in lean(joint_of(ours)).backward_nodes() for n in node.all_input_nodes}
+    assert ("relu" in read) == twice

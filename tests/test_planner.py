@@ -71,7 +71,7 @@ def joints(draw: st.DrawFn) -> Joint:
 @settings(max_examples=12)
 @given(joints())
 def test_no_decision_is_better_than_the_bound(depth: int, joint: Joint) -> None:
-    with mock.patch.object(exact, "_DEPTH", depth):
+    with mock.patch.object(exact, "_NEAR", depth):
         assert_bounds(joint)
 
 
@@ -91,12 +91,47 @@ def assert_bounds(joint: Joint) -> None:
         optimum = min(seconds for peak, seconds in decisions if peak <= budget)
         plan = planner.plan(budget)
         assert plan.peak <= budget
-        bound = planner._search.bound(budget)  # before it is capped by the plan
-        assert (bound or 0.0) <= optimum * (1 + 1e-6) + 1e-12
+        known = planner._search.bound(budget)  # before it is capped by the plan
+        near, deep = bounds_of(planner, budget)
+        assert near * (1 - 1e-6) <= deep
+        for bound in (known or 0.0, near, deep):
+            assert bound <= optimum * (1 + 1e-6) + 1e-12
         assert plan.bound <= optimum * (1 + 1e-6)
         assert plan.seconds <= optimum * (1 + plan.gap) * (1 + 1e-6)
     with pytest.raises(BudgetError):
         planner.plan(min(peak for peak, _ in decisions) - 1)
+
+
+def bounds_of(planner: Planner, budget: int) -> tuple[float, float]:
+    """The bound of a budget, and the one that follows longer chains."""
+    program = planner._search._bounds
+    near = program.solve(budget)
+    deep = program.deepened(budget)
+    assert near is not None
+    assert deep is not None
+    return near.seconds, deep
+
+
+def test_longer_chains_raise_the_bound() -> None:
+    with mock.patch.object(exact, "_NEAR", 1):
+        planner = Planner(deep_chain(), device="v100")
+        near, deep = bounds_of(planner, (planner.least().peak + planner.eager_peak) // 2)
+    assert near < deep
+
+
+def test_values_of_equal_layers_have_equal_roles() -> None:
+    planner = Planner(deep_chain(), device="v100")
+    roles = dict(zip(planner.memory.values, planner._search._problem.roles(), strict=True))
+    products = [role for node, role in roles.items() if node.target is torch.ops.aten.addmm.default]
+    tanhs = [role for node, role in roles.items() if node.target is torch.ops.aten.tanh.default]
+    assert len({*products[4:-4]}) == len({*tanhs[4:-4]}) == 1
+    assert {*products}.isdisjoint(tanhs)
+
+
+def deep_chain() -> Joint:
+    """Of twenty equal layers."""
+    model, x = chain(20, 16), torch.ones(256, 16)
+    return joint_of(fxckpt.rewrite(model, "nothing", strict=True, example_inputs=(x,)))
 
 
 # --- against simple strategies --------------------------------------------------------------------
