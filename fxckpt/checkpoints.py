@@ -44,22 +44,25 @@ def _noted(recorder: Recorder, steps: Iterator[None]) -> Iterator[None]:
         recorder.checkpoints -= 1
 
 
+# What `torch.utils.checkpoint` calls: the latter since 2.15, which gets all options by name.
+_OLD = "_checkpoint_without_reentrant_generator"
+_NAME = f"{_OLD}_impl" if hasattr(torch.utils.checkpoint, f"{_OLD}_impl") else _OLD
+
+
 @contextlib.contextmanager
 def followed(recorder: Recorder) -> Iterator[None]:
     """While active, checkpoints of this thread tell the recorder what they draw again."""
-    original: Any = torch.utils.checkpoint._checkpoint_without_reentrant_generator
+    original: Any = getattr(torch.utils.checkpoint, _NAME)
     thread = threading.get_ident()
 
-    def checkpointing(fn: Any, preserve_rng_state: bool, *args: Any, **kwargs: Any) -> Any:
+    def checkpointing(fn: Any, *args: Any, **kwargs: Any) -> Any:
         if threading.get_ident() != thread:
-            return original(fn, preserve_rng_state, *args, **kwargs)
-        if not preserve_rng_state:
-            return _noted(recorder, original(fn, preserve_rng_state, *args, **kwargs))
+            return original(fn, *args, **kwargs)
+        keeps_state = args[0] if _NAME == _OLD else kwargs["preserve_rng_state"]
+        if not keeps_state:
+            return _noted(recorder, original(fn, *args, **kwargs))
         again = _Again(fn, recorder)
-        steps = original(again, preserve_rng_state, *args, **kwargs)
-        return _noted(recorder, again.followed(steps))
+        return _noted(recorder, again.followed(original(again, *args, **kwargs)))
 
-    with mock.patch.object(
-        torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", checkpointing
-    ):
+    with mock.patch.object(torch.utils.checkpoint, _NAME, checkpointing):
         yield

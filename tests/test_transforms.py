@@ -193,8 +193,10 @@ OUTER: dict[str, Callable[[Function], Function]] = {
 }
 
 
+# Not `normed`: torch's own derivatives of layer_norm are wrong from the third order on, otherwise
+# for each nest.
 @given(
-    st.sampled_from([chain, normed, looked_up]),
+    st.sampled_from([chain, joined, looked_up]),
     st.lists(st.sampled_from([*OUTER]), min_size=1, max_size=3),
     st.sampled_from(["grad", "vmap(grad)", "jvp", "vmap"]),
 )

@@ -180,7 +180,7 @@ def test_inside_of_wrappers() -> None:
     assert len(captures(new)) == 1
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
 def test_traced_by_torchscript() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
     new = fxckpt.rewrite(model, "nothing", strict=True)
