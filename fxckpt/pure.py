@@ -1,29 +1,19 @@
 """The two halves of a joint graph as pure functions, which transforms of `torch.func` interpret.
 
 Nothing is written in place, and random values are kept instead of drawn again.
-
-NOTE [Layouts of samples]
-
-What is captured of one sample is what kernels are asked for after composite operations looked at
-strides: without the copy that `group_norm` makes of what is not contiguous, say. The samples of a
-batch may lie otherwise in memory, along whatever dimension, and so may what batching rules return.
-Where this matters (views that are written, fused kernels, `as_strided`), operands are laid out as
-they were captured before the operation; see `_strides`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
-from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
 
-from fxckpt import decompositions, ops
+from fxckpt import decompositions, layouts, ops
 from fxckpt.codegen import graph_module
 from fxckpt.derivatives import pulled
 from fxckpt.errors import CaptureError
@@ -174,16 +164,13 @@ def pure(
 
 aten = torch.ops.aten
 
-# What these read depends on the memory of a tensor, which is another one for a batch.
-_STRIDED = (aten.as_strided.default, aten.as_strided_scatter.default)
-
 
 def _require_pure(joint: Joint) -> None:
     if joint.writes:
         raise CaptureError(
             f"forward changes {next(iter(joint.writes))} under a torch.func transform"
         )
-    strided = (n for n in joint.forward_nodes() if n.target in _STRIDED)
+    strided = (n for n in joint.forward_nodes() if n.target in layouts.STRIDED)
     if any(root(n.all_input_nodes[0]).op == "placeholder" for n in strided):
         raise CaptureError("as_strided of an argument is taken under a torch.func transform")
 
@@ -303,47 +290,6 @@ def _masked_by(node: Node) -> Node | None:
     return next((user for user in op.users if user.args[1] == 1), None)
 
 
-# A batch may have other strides than its samples are captured with; results are the same.
-_ON_ANY_STRIDES: dict[Any, Any] = {
-    aten.view.default: aten.reshape.default,
-    aten._unsafe_view.default: aten.reshape.default,
-    aten._reshape_alias.default: ops.reshaped,
-}
-
-
-# Besides element-wise operations, reductions and views, these compute the same on any strides.
-_LAYOUT_FREE = frozenset(
-    "mm bmm addmm baddbmm mv dot cat stack convolution convolution_backward embedding gather "
-    "index_select select_backward slice_backward unfold_backward".split()
-)
-
-
-@functools.cache
-def _has_free_layout(target: Any) -> bool:
-    if target in _STRIDED:
-        return False
-    if not isinstance(target, OpOverload) or target in _ON_ANY_STRIDES:
-        return True
-    of_any = target._schema.name.removeprefix("aten::") in _LAYOUT_FREE
-    views = any(a.alias_info is not None for a in target._schema.arguments)
-    return of_any or views or not {torch.Tag.pointwise, torch.Tag.reduction}.isdisjoint(target.tags)
-
-
-def _strides(target: Any, args: Any, kwargs: Any) -> list[tuple[int, ...] | None]:
-    """The strides that what an operation works on was captured with, where they matter.
-
-    Those of what an `inplace` writes, or else those of the positional arguments.
-    """
-    if target is ops.inplace:
-        _, plan, *rest = args
-        mutated = [rest[key] if isinstance(key, int) else kwargs[key] for key, _, _ in plan]
-        return [node.meta["val"].stride() for node in mutated]
-    if _has_free_layout(target):
-        return []
-    tensors = (isinstance(a, Node) and isinstance(a.meta["val"], torch.Tensor) for a in args)
-    return [a.meta["val"].stride() if t else None for a, t in zip(args, tensors, strict=True)]
-
-
 class _Emitter:
     """Writes one function.
 
@@ -363,25 +309,25 @@ class _Emitter:
     def run(self, step: Node) -> None:
         """Adds an operation; one whose result was given is computed, too, for who reads it."""
         target, args, kwargs = recomputation(step)
-        strides = _strides(target, args, kwargs)
+        strides = layouts.captured_strides(target, args, kwargs)
         args, kwargs = torch.fx.node.map_arg((args, kwargs), self._copies.__getitem__)
         if self._decompose and decompositions.lacks_rules(step):
             target, args = decompositions.run, (ops.operation(step), *ops.op_arguments(step))
             args = torch.fx.node.map_arg(args, self._copies.__getitem__)
         elif target is ops.inplace:
-            target, args = ops.purely, (*args[:2], strides, *args[2:])
+            target, args = layouts.purely, (*args[:2], strides, *args[2:])
         elif any(strides):
-            target, args = ops.as_captured, (target, strides, *args)
+            target, args = layouts.as_captured, (target, strides, *args)
         if (like := step.meta.get("like")) in self._copies:
-            target, args = ops.made_like, (target, self._copies[like], *args)
-        self._add(step, _ON_ANY_STRIDES.get(target, target), args, kwargs)
+            target, args = layouts.made_like, (target, self._copies[like], *args)
+        self._add(step, layouts.ON_ANY_STRIDES.get(target, target), args, kwargs)
 
     def mask(self, result: Node) -> None:
         """Adds the result of a dropout, of its mask."""
         x: Any
         x, p, *_ = producer(result).args
         mask: Any = _masked_by(result)
-        self._add(result, ops.masked, (self._copies[x], self._copies[mask], p), {})
+        self._add(result, layouts.masked, (self._copies[x], self._copies[mask], p), {})
 
     def _add(self, step: Node, target: Any, args: Any, kwargs: Any) -> None:
         node = self._graph.call_function(target, tuple(args), dict(kwargs))

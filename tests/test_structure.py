@@ -91,6 +91,7 @@ LAYERS = (
     "split",
     "first_run",
     "inductor",
+    "layouts",
     "derivatives",
     "decompositions",
     "pure",

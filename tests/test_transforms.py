@@ -194,9 +194,9 @@ OUTER: dict[str, Callable[[Function], Function]] = {
 
 
 # Not `normed`: torch's own derivatives of layer_norm are wrong from the third order on, otherwise
-# for each nest.
+# for each nest. Nor `joined`: rounding its argument changes derivatives of this order by 1e-9.
 @given(
-    st.sampled_from([chain, joined, looked_up]),
+    st.sampled_from([chain, looked_up]),
     st.lists(st.sampled_from([*OUTER]), min_size=1, max_size=3),
     st.sampled_from(["grad", "vmap(grad)", "jvp", "vmap"]),
 )
