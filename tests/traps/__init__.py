@@ -223,5 +223,7 @@ SHAPE, STRIDES, DTYPE, DEVICE, REQUIRES_GRAD, LEAF, TAGS, IDENTITY = map(_argume
 ARGUMENTS = constant(signature, "of_arguments", ())
 MODES = constant(signature, "of_modes", ())
 STATE = constant(watch.Watch, "state", 0)
-CONTENTS = constant(watch.Watch, "_conditions", ())  # what modules hold
-HOOKS_AND_CHILDREN = constant(watch, "_same_objects", True)
+CONTENTS = all_of(  # what modules hold, and what lies beyond
+    constant(watch.Watch, "_conditions", ()), constant(watch, "conditions_beyond", ())
+)
+HOOKS_AND_CHILDREN = constant(watch, "same_objects", True)
