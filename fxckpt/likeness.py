@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from fxckpt import tree
-from fxckpt.contents import MISSING, Entries, is_fixed, is_plain
+from fxckpt.contents import MISSING, Entries, is_plain
 from fxckpt.installation import original_class
 from fxckpt.reads import EVERYTHING
 from fxckpt.state import HOOKS
@@ -141,7 +141,7 @@ def conditions_beyond(
     beyond: Sequence[Contents], class_attributes: list[tuple[Any, str]]
 ) -> Iterator[Condition]:
     """Functions that tell whether all that lies beyond some modules is as it is now."""
-    watched = [c for c in beyond if not is_fixed(c.owner) or c.tensors()]
+    watched = [c for c in beyond if c.may_change()]
     held = [c.read.dictionary for c in watched if isinstance(c.read, Entries)]
     yield same_dictionaries([*GLOBAL_HOOKS, *held])
     yield same_class_attributes(class_attributes)

@@ -12,8 +12,7 @@ NOTE [What autograd sees]
 
 Which outputs get a gradient, with which strides, is known only in backward. If it is not what the
 split was made for, another backward graph is derived for the same residuals, and the next forward
-is made for what was seen. What neither
-can run takes the generic route (see `again`).
+is made for what was seen. What neither can run takes the generic route (see `again`).
 """
 
 from __future__ import annotations
@@ -150,7 +149,7 @@ class Captured(Programs):
             slots,
             primals,
             [p._version for p in primals],
-            original.state.latest,
+            original.state.latest or original.state.state(),  # anew if another thread captures
             {d: ops.read_rng_state(d) for d in self._random_devices},
             {i: primals[i].clone() for i in copied},
         )

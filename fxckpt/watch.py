@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxckpt.contents import globals_of, is_fixed, is_leaf, reader
+from fxckpt.contents import globals_of, is_leaf, reader
 from fxckpt.description import Description
 from fxckpt.errors import CaptureError
 from fxckpt.installation import original_class
@@ -222,9 +222,7 @@ class Watch:
         around = tuple(described.of(tuple(hooks.values())) for hooks in GLOBAL_HOOKS)
         classes = tuple(described.of(vars(cls).get(n)) for cls, n in self._class_attributes)
         held = tuple(c.described(described) for c in self._contents)
-        first: dict[int, int] = {}
-        ties = tuple(first.setdefault(id(t), i) for i, t in enumerate(self._tensors))
-        key = kinds, hooks, around, classes, held, tuple(self._geometry), ties
+        key = kinds, hooks, around, classes, held, tuple(self._geometry), self._ties()
         return key, described.named
 
     def _modules(self) -> list[nn.Module]:
@@ -261,14 +259,11 @@ class Watch:
         rearranged = [c for c in self._contents if c.refresh()]
         if rearranged or not self._contents:
             own, self._beyond = self._collect()
-            watched = [c for c in self._beyond if not is_fixed(c.owner) or c.tensors()]
-            self._contents = [*own, *watched]
+            self._contents = [*own, *(c for c in self._beyond if c.may_change())]
         self._tensors = [t for c in self._contents for t in c.tensors()]
         self._geometry = [*map(geometry, self._tensors)]
-        first: dict[int, int] = {}
-        ties = tuple(first.setdefault(id(t), i) for i, t in enumerate(self._tensors))
         numbers = {c.place: i for i, c in enumerate(self._contents) if c.is_data()}
-        key = tuple(c.key(numbers) for c in self._contents), tuple(self._geometry), ties
+        key = tuple(c.key(numbers) for c in self._contents), tuple(self._geometry), self._ties()
         if key not in self.latests:
             if self._current is None:  # else it has a number
                 self._count += 1
@@ -278,6 +273,11 @@ class Watch:
                 self.latests.popitem(last=False)
         self.latests.move_to_end(key)
         return self.latests[key][0]
+
+    def _ties(self) -> tuple[int, ...]:
+        """For each tensor, where it comes first."""
+        first: dict[int, int] = {}
+        return tuple(first.setdefault(id(t), i) for i, t in enumerate(self._tensors))
 
     def _collect(self) -> tuple[list[Contents], list[Contents]]:
         """All that is to be watched now: of modules, and beyond them."""

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.modules import module as nn_module
 
 from fxckpt import spread, tree
-from fxckpt.contents import MISSING, Inside, Read, is_leaf, is_plain
+from fxckpt.contents import MISSING, Inside, Read, is_fixed, is_leaf, is_plain
 from fxckpt.description import Description
 from fxckpt.installation import is_runner
 from fxckpt.reads import EVERYTHING
@@ -142,6 +142,10 @@ class Contents:
             for name, value in zip(self.names, self.before, strict=True)
         )
 
+    def may_change(self) -> bool:
+        """Whether other objects, or other tensors, may be in it later."""
+        return not is_fixed(self.owner) or bool(self.tensors())
+
     def is_data(self) -> bool:
         """Whether another object with the same contents serves as well."""
         return type(self.owner) in (list, dict, set) and not self.tensors()
@@ -178,14 +182,13 @@ class Contents:
         return name, tree.static_key(value) if by_value else id(value)
 
 
-class Attributes(Contents):
-    """Some attributes of a module; the root, which keeps the watch, is not kept by it."""
-
-
 def attributes(
     module: nn.Module, names: list[str], slots: set[tuple[int, Any]], *, is_root: bool
 ) -> Contents:
-    """Those of a module that have these names, or all of them."""
+    """Those of a module that have these names, or all of them.
+
+    The root, which keeps the watch, is not kept by it.
+    """
     reference, place = weakref.ref(module), id(module.__dict__)
 
     def some() -> Inside:
@@ -197,10 +200,8 @@ def attributes(
         kept = {k: v for k, v in attributes.items() if k not in INTERNALS and not is_runner(k)}
         return [*kept], [*kept.values()]
 
-    owner = None if is_root else module
-    if EVERYTHING in names:
-        return Contents(owner, everything, place, slots)
-    return Attributes(owner, some, place, slots)
+    read = everything if EVERYTHING in names else some
+    return Contents(None if is_root else module, read, place, slots)
 
 
 def same_geometry(tensors: list[torch.Tensor], geometry: list[Any]) -> bool:
