@@ -523,3 +523,18 @@ def results(folder: Path) -> list[dict[str, Result]]:
     """What both processes found in all cases."""
     torch.multiprocessing.spawn(_work, (str(folder),), nprocs=2)
     return [torch.load(folder / f"results-{rank}") for rank in range(2)]
+
+
+def alone(function: Callable[[], None]) -> None:
+    """Runs a function in a process of its own, with a group of that one.
+
+    Torch's caches of placements hold a group as long as the main thread lives. A process that is
+    forked from another thread destroys it, and waits for threads that it does not have.
+    """
+    torch.multiprocessing.spawn(_alone, (function,))
+
+
+def _alone(rank: int, function: Callable[[], None]) -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=rank, world_size=1)
+    function()
+    dist.destroy_process_group()

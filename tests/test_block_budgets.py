@@ -5,10 +5,11 @@ import gc
 import random
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import distributed
 import numpy as np
 import pytest
 import test_blocks
@@ -346,16 +347,11 @@ def test_what_cannot_be_measured_is_an_error() -> None:
         fxckpt.rewrite(net(), plan=found, units="blocks")
 
 
-@pytest.fixture
-def process() -> Iterator[None]:
-    """A group of one process."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.usefixtures("process")
 def test_nothing_is_sent_to_processes_that_do_not_measure() -> None:
+    distributed.alone(refused_among_others)
+
+
+def refused_among_others() -> None:
     class Sending(Net):
         def forward(self, x: Tensor) -> Tensor:
             dist.all_reduce(x.detach().sum())

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import distributed
 import pytest
 import torch
-import torch.distributed as dist
 from helpers import captures
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -103,23 +101,21 @@ def test_distributed_checkpoint(results: list[dict[str, Any]]) -> None:
     compared(results, "checkpoint, ", "before")
 
 
-@pytest.fixture
-def mesh() -> Iterator[DeviceMesh]:
-    """That of one process."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
+class Product(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight.tanh().exp().sum().full_tensor() * x
 
 
-def test_placements_are_part_of_a_signature(mesh: DeviceMesh) -> None:
-    class Product(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.ones(4, 4))
+def test_placements_are_part_of_a_signature() -> None:
+    distributed.alone(captures_for_placements)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.weight.tanh().exp().sum().full_tensor() * x
 
+def captures_for_placements() -> None:
+    mesh = init_device_mesh("cpu", (1,))
     model = Product()
     lean = fxckpt.rewrite(model, "nothing", strict=True)
     there = (Shard(0), Shard(1), Replicate(), Shard(0))
