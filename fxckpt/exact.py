@@ -13,6 +13,8 @@ own (of what is far from it, little is to be known):
     w(u) >= e(o) - s(u) - g(o)              u is read later: it waits, or o runs once more
     w(u) >= e(c) - s(v) - w(v) - s(u) - g(o)    so it does if c has to run once more to make v
     z(u) >= r(c) - e(c) - (u is computed again)    u is saved for c, which runs later
+    f(v) <= r(o), h(o)                      v is not there between its readers: o runs once more
+    y(u) >= f(v) - h(p) - (u is there)      so does p, unless its result u, which o reads, waits
 
 All decisions satisfy these, so the optimum remains a bound, and it is hardly ever below what a
 replay shows. What it does not contain are the bytes while something runs again. A program for plans
@@ -25,6 +27,7 @@ poor, they are followed for `_FAR` steps, at the moments that bind: through all 
 
 from __future__ import annotations
 
+import bisect
 import functools
 from collections.abc import Iterable
 from operator import or_
@@ -34,9 +37,10 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 from scipy.sparse import csr_matrix
 
-from fxckpt.solve import Floats, Problem, Solution, sums
+from fxckpt.solve import Floats, Problem, Solution, at_moments, sums
 
 _NEAR, _FAR = 12, 40
+_CLOSE = 3  # steps back from what is let go between its readers
 _MOST_CUTS, _MOST_ROUNDS = 6, 4  # moments that one round adds; with fewer rows a bound is lower
 _FEW, _MOST_NODES = 48, 30  # operations that run again, nodes of branching for a sharper bound
 _GAIN = 1.5e-2  # of the optimum, that a round has to bring for there to be another one
@@ -84,6 +88,10 @@ class Exact:
         self._n, self._m = len(problem.sizes), len(problem.seconds)
         self._first, self._last = problem.needs()
         self._until = problem.replaced_at()
+        self._reads: list[list[int]] = [[] for _ in problem.sizes]  # moments
+        for moment, values in enumerate(problem.reads):
+            for v in values:
+                self._reads[v].append(moment)
         self._results: list[list[int]] = [[] for _ in problem.seconds]
         self._readers: list[list[int]] = [[] for _ in problem.sizes]
         for v, o in enumerate(problem.producer):
@@ -101,12 +109,16 @@ class Exact:
             self._behind.append(
                 functools.reduce(or_, (self._behind[p] | 1 << p for p in makers), 0)
             )
-        # Columns: s(v), r(o), g(o), and for each value whether it is computed again.
+        # Columns: s(v), r(o), g(o), h(o), for each value whether it is computed again, and f(v).
         n, m = self._n, self._m
         several = [v for v in range(n) if len(self._results[problem.producer[v]]) > 1]
         self._again = n + problem.producer.copy()
-        self._again[several] = n + 2 * m + np.arange(len(several))
-        self._columns = n + 2 * m + len(several)
+        self._again[several] = n + 3 * m + np.arange(len(several))
+        self._breakable = problem.breakable()
+        self._fleeting = n + 3 * m + len(several) + np.arange(len(self._breakable))
+        self._columns = n + 3 * m + len(several) + len(self._breakable)
+        self._gaps = at_moments(problem.gaps, self._breakable)
+        self._given_up = at_moments(problem.given_up(), self._breakable)
         self._unit = max(float(problem.backward.max(initial=0.0)), float(problem.sizes.sum()), 1.0)
         self._logic = self._logic_rows(several)
         self._known: dict[Cut, _Rows] = {}
@@ -189,7 +201,7 @@ class Exact:
     ) -> Any:
         """Solves for whole numbers in the first columns, by default in all that are decisions."""
         integrality = np.zeros(len(objective))
-        integrality[: self._n + 2 * self._m if count is None else count] = 1
+        integrality[: self._n + 3 * self._m if count is None else count] = 1
         return milp(
             objective,
             constraints=LinearConstraint(matrix, ub=bounds),
@@ -200,10 +212,12 @@ class Exact:
 
     def _solution(self, found: Any, whole: bool) -> Solution:
         n, m, x = self._n, self._m, found.x
-        costs = self._costs(n + 2 * m)
-        value = found.mip_dual_bound if whole else float(costs @ x[: n + 2 * m])
+        costs = self._costs(n + 3 * m)
+        value = found.mip_dual_bound if whole else float(costs @ x[: n + 3 * m])
         seconds = max(value - self._ties(), 0.0)
-        return Solution(x[:n], x[n + m : n + 2 * m][self.problem.producer], seconds * self._scale)
+        let_go, fleeting = x[n + m : n + 2 * m][self.problem.producer], np.zeros(n)
+        fleeting[self._breakable] = x[self._fleeting]
+        return Solution(x[:n], let_go, fleeting, seconds * self._scale)
 
     def _ties(self) -> float:
         """The most that what decides between equals can cost."""
@@ -212,7 +226,7 @@ class Exact:
     def _costs(self, columns: int) -> Floats:
         problem, n, m = self.problem, self._n, self._m
         costs = np.zeros(columns)
-        costs[n : n + 2 * m] = np.tile(problem.seconds, 2)[: max(columns - n, 0)]
+        costs[n : n + 3 * m] = np.tile(problem.seconds, 3)[: max(columns - n, 0)]
         costs[:n] = 1e-6 * problem.seconds.sum() / max(problem.sizes.sum(), 1.0) * problem.sizes
         return costs / self._scale
 
@@ -247,6 +261,9 @@ class Exact:
             if self._last[v] >= 0:
                 rows.add([(v, -1), (int(again[v]), -1)], -1)
             rows.add([(v, 1), (int(again[v]), 1)], 1)
+        for f, v in zip(self._fleeting, self._breakable, strict=True):
+            rows.add([(int(f), 1), (int(again[v]), -1)])
+            rows.add([(int(f), 1), (n + 2 * m + int(problem.producer[v]), -1)])
         for v in several:
             rows.add([(int(again[v]), 1), (n + int(problem.producer[v]), -1)])
         return rows
@@ -292,7 +309,7 @@ class Exact:
             fixed = problem.forward[moment]
             bytes_ = [(int(v), float(problem.sizes[v])) for v in live]
         else:
-            waiting = _Waiting(self, rows, moment, depth)
+            waiting = _Waiting(self, rows, moment, depth, operation)
             bytes_ = waiting.live() if operation < 0 else waiting.live_while(operation)
             fixed = (problem.backward if operation < 0 else problem.before)[moment]
         rows.add([(int(c), float(b) / self._unit) for c, b in bytes_ if b], -fixed / self._unit)
@@ -300,22 +317,29 @@ class Exact:
 
 
 class _Waiting:
-    """The columns and rows of one moment of backward."""
+    """The columns and rows of one moment of backward.
 
-    def __init__(self, program: Exact, rows: _Rows, moment: int, depth: int) -> None:
+    Chains are followed for `depth` steps, and to one operation, if it is not -1.
+    """
+
+    def __init__(
+        self, program: Exact, rows: _Rows, moment: int, depth: int, operation: int
+    ) -> None:
         self._program, self._rows, self._moment = program, rows, moment
-        self._run = self._near(depth)  # for each operation, the column that says whether it has run
+        # For each operation, the column that says whether it has run.
+        self._run = self._near(depth, operation)
         self._through = self._gates()
         self._waits: dict[int, int] = {}
         self._link()
 
-    def _near(self, depth: int) -> dict[int, int]:
+    def _near(self, depth: int, operation: int) -> dict[int, int]:
         """e(o): that of what is read already is r(o)."""
         program, rows, problem = self._program, self._rows, self._program.problem
         n = program._n
         run = {int(o): n + int(o) for o in np.flatnonzero(program._asked <= self._moment)}
         edge = list(run)
-        for _ in range(depth):
+        while edge and (depth > 0 or (operation >= 0 and operation not in run)):
+            depth -= 1
             behind = dict.fromkeys(
                 int(problem.producer[u]) for o in edge for u in problem.operands[o]
             )
@@ -434,7 +458,46 @@ class _Waiting:
         program, moment, sizes = self._program, self._moment, self._program.problem.sizes
         read = np.flatnonzero((program._first <= moment) & (moment <= program._until))
         again = [(int(program._again[v]), float(sizes[v])) for v in read]
-        return [*self._kept(), *again, *((w, float(sizes[v])) for v, w in self._waits.items())]
+        waiting = ((w, float(sizes[v])) for v, w in self._waits.items())
+        gone = self._gone(program._given_up)
+        return [*self._kept(), *again, *waiting, *gone, *self._waiting_for_gone()]
+
+    def _waiting_for_gone(self) -> Iterable[tuple[int, float]]:
+        """What waits to make those once more that are let go between their readers."""
+        program, rows, t = self._program, self._rows, self._moment
+        problem, h = program.problem, program._n + 2 * program._m
+        columns = zip(program._breakable, program._fleeting, strict=True)
+        stack = [(v, v, int(f), _CLOSE) for v, f in columns if v in problem.gaps[t]]
+        while stack:
+            v, made, runs, steps = stack.pop()
+            until = program._reads[v][bisect.bisect(program._reads[v], t)]
+            for u in dict.fromkeys(problem.operands[problem.producer[made]]):
+                p, reads = int(problem.producer[u]), program._reads[u]
+                comes = bisect.bisect(reads, t) < bisect.bisect(reads, until)
+                if comes or p == problem.producer[made]:
+                    continue  # it is made for something else
+                waits, more = rows.column(), rows.column()
+                rows.add([(runs, 1), (waits, -1), (more, -1), *self._there(u)])
+                rows.add([(more, 1), (h + p, -1)])
+                if steps > 1:
+                    stack.append((v, u, more, steps - 1))
+                yield waits, float(problem.sizes[u])
+
+    def _there(self, u: int) -> list[tuple[int, float]]:
+        """Columns of which at least one is 1 if a value is counted already, all negative."""
+        program, moment = self._program, self._moment
+        there = [(self._waits[u], -1.0)] if u in self._waits else []
+        if program._last[u] >= moment:
+            there.append((u, -1.0))
+        if program._first[u] <= moment <= program._until[u]:
+            there.append((int(program._again[u]), -1.0))
+        return there
+
+    def _gone(self, when: Floats) -> list[tuple[int, float]]:
+        """What is let go between its readers."""
+        program, gone = self._program, when[self._moment]
+        sizes = program.problem.sizes[program._breakable]
+        return [(int(program._fleeting[i]), -float(sizes[i])) for i in np.flatnonzero(gone)]
 
     def live_while(self, o: int) -> list[tuple[int, float]]:
         """Likewise while an operation runs again for it."""
@@ -465,7 +528,7 @@ class _Waiting:
             elif earlier and v in self._waits:
                 found.append((self._waits[v], float(sizes[v])))
         found += [(runs, float(sizes[v])) for v in program._results[o]]
-        return found
+        return [*found, *self._gone(program._gaps)]
 
 
 class _Live:
@@ -476,6 +539,7 @@ class _Live:
         self._program = program
         self._saved, self._run, self._more = x[:n], x[n : n + m], x[n + m : n + 2 * m]
         self._again = x[program._again]
+        self._fleeting = program.problem.sizes[program._breakable] * x[program._fleeting]
         self._has_run = self._chains()
         self._waits = self._waiting()
         self._kept = self._kept_for_later()
@@ -530,7 +594,7 @@ class _Live:
         saved = sums(behind, none, program._last + 1, sizes * self._saved)
         again = sums(behind, program._first, program._until + 1, sizes * self._again)
         waiting: Floats = sizes @ (self._waits + self._kept)
-        return problem.backward + saved + again + waiting
+        return problem.backward + saved + again + waiting - program._given_up @ self._fleeting
 
     def recomputing(self) -> Iterable[tuple[Cut, float]]:
         """While each operation runs again."""
@@ -549,7 +613,8 @@ class _Live:
                     if u != problem.taken[o]:
                         held[u] = max(held[u], share)
                 made = share * sizes[program._results[o]].sum()
-                yield (k, o), float(problem.before[k] + sizes @ held + made)
+                gone = program._gaps[k] @ self._fleeting
+                yield (k, o), float(problem.before[k] + sizes @ held + made - gone)
 
     def _when(self, o: int) -> Iterable[tuple[int, float]]:
         """The moments for which an operation runs again, and how much of it."""

@@ -4,7 +4,8 @@ For plans (see `planner`): what eager runs stays what policies and eager's own p
 
     gradients first     What finishes the gradient of a primal runs as soon as it can: that of a
                         weight before that of the layer's input, so that the input can die.
-    convolutions        are differentiated in two calls, by the weight and then by the input.
+    convolutions        are differentiated in two calls, by the weight and then by the input: where
+                        that can die then, and the largest, as it can be let go in between.
     masks of what is    What ReLU gave to max-pooling is differentiated by the pooled values, which
     pooled              are smaller: the elements that were not the largest get no gradient anyway.
     shapes alone        Some operations of backward take an operand for its shape. They get memory
@@ -18,7 +19,7 @@ others decide about the layout of results, and are left alone.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from operator import getitem
 from typing import Any
 
@@ -26,19 +27,19 @@ import torch
 from torch.fx import Graph, Node
 
 from fxckpt import ops
-from fxckpt.joint import Joint, memory_of, owner_of, producer
+from fxckpt.joint import Joint, memory_of, owner_of, producer, storage_bytes
 from fxckpt.symbols import blank, looks
 
 aten = torch.ops.aten
+
+_LARGE = 0.4  # of the largest convolution
 
 
 def lean(joint: Joint) -> Joint:
     """A joint graph of the same results, whose backward needs less memory at a time."""
     new = _reordered(joint)
-    last = {owner_of(read): node for node in new.backward_nodes() for read in node.all_input_nodes}
-    for node in [*new.backward_nodes()]:
-        if node.target is aten.convolution_backward.default and _is_worth_two_calls(node, last):
-            _differentiate_twice(node)
+    for node in _worth_two_calls(new):
+        _differentiate_twice(node)
     for node in [*new.backward_nodes()]:
         if (pooling := _pooled_alone(new, node)) is not None:
             _mask_before_pooling(node, *pooling)
@@ -113,18 +114,29 @@ def _passes_on(node: Node) -> bool:
 # --- convolutions ---------------------------------------------------------------------------------
 
 
-def _is_worth_two_calls(node: Node, last: Mapping[Node, Node]) -> bool:
-    """Whether a convolution is differentiated by a value and by the weight, and the value can go.
+def _worth_two_calls(joint: Joint) -> list[Node]:
+    """The convolutions of backward by a value and the weight for which it helps if that can go."""
+    nodes = [*joint.backward_nodes()]
+    last = {owner_of(read): node for node in nodes for read in node.all_input_nodes}
+    found = []
+    for node in nodes:
+        x: Any
+        mask: Any
+        if node.target is aten.convolution_backward.default:
+            x, mask = node.args[1], node.args[-1]
+            made = x.op == "call_function" and can_be_imitated(x.meta["val"])
+            if made and mask[0] and mask[1]:
+                found.append((node, owner_of(x), _bytes(node)))
+    large = _LARGE * max((size for _, _, size in found), default=0)
+    return [node for node, x, size in found if last[x] is node or size >= large]
 
-    Args:
-        node: The convolution's backward.
-        last: Which operation of backward reads each value last.
-    """
+
+def _bytes(node: Node) -> int:
+    """What the backward of a convolution reads and makes."""
+    gradient: Any
     x: Any
-    mask: Any
-    x, mask = node.args[1], node.args[-1]
-    dies = x.op == "call_function" and last[owner_of(x)] is node
-    return dies and mask[0] and mask[1] and can_be_imitated(x.meta["val"])
+    gradient, x, *_ = node.args
+    return storage_bytes(gradient.meta["val"]) + 2 * storage_bytes(x.meta["val"])
 
 
 def _differentiate_twice(node: Node) -> None:

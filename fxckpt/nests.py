@@ -55,6 +55,7 @@ def with_nests(joint: Joint, choice: Choice) -> Choice:
     return Choice(
         choice.saved - recomputing.keys(),
         choice.transient | recomputing.keys(),
+        choice.fleeting,
         choice.joint,
         {node: intervals[each] for node, each in recomputing.items() if each in intervals},
     )

@@ -63,7 +63,7 @@ class Piece:
     __slots__ = (
         "again", "assigned", "available", "available_after", "born", "count", "decided",
         "decided_by", "late", "looked", "passing", "passing_after", "read", "reads", "reuses",
-        "size", "stay", "taken", "tuples", "tuples_read", "values", "workspaces",
+        "size", "soon", "stay", "taken", "tuples", "tuples_read", "values", "workspaces",
     )  # fmt: skip
 
     def __init__(self, available: int, passing: int, decided: int) -> None:
@@ -71,6 +71,7 @@ class Piece:
         self.available_after, self.passing_after = available, passing
         self.looked = self.decided_by = 0
         self.stay = -1  # what is let go and was not looked at stays if it is in here
+        self.soon = -1  # and, if it is fleeting, in here
         self.count = 0
         self.taken: list[int] = []
         self.again: list[Node] = []
@@ -94,29 +95,37 @@ class Piece:
             or (passing ^ self.passing) & self.looked
         )
 
-    def end(self, stay: int, variables: Variables) -> None:
+    def end(self, stay: int, soon: int, variables: Variables) -> None:
         """Lets go what does not stay, and forgets what was not looked at."""
-        for v in bits(self.passing_after & ~stay):
+        self.stay, self.soon = stay, soon
+        staying = self._staying(self.decided, variables)
+        for v in bits(self.passing_after & ~staying):
             self.available_after &= ~variables.drops[v]
-        self.passing_after &= stay
-        self.stay = stay
+        self.passing_after &= staying
         self.forget(variables)
 
-    def after(self, available: int, passing: int, variables: Variables) -> tuple[int, int]:
+    def _staying(self, decided: int, variables: Variables) -> int:
+        """What stays after each operation although it is let go."""
+        return self.stay & (self.soon | ~(decided >> 2 * variables.count))
+
+    def after(
+        self, available: int, passing: int, decided: int, variables: Variables
+    ) -> tuple[int, int]:
         """What is there afterwards, and what of that is let go."""
-        others = passing & ~self.looked
+        others, staying = passing & ~self.looked, self._staying(decided, variables)
         available = available & ~self.looked | self.available_after
-        for v in bits(others & ~self.stay):
+        for v in bits(others & ~staying):
             available &= ~variables.drops[v]
-        return available, others & self.stay | self.passing_after
+        return available, others & staying | self.passing_after
 
     def then(self, other: Piece, variables: Variables) -> None:
         """Adds the steps of the next piece, and what is known of when it fits."""
         available, passing = self.available_after, self.passing_after
-        available, passing = other.after(available, passing, variables)
+        available, passing = other.after(available, passing, self.decided, variables)
         self.available_after, self.passing_after = available, passing
         self.looked |= other.looked
         self.stay &= other.stay
+        self.soon &= other.soon
         self.taken += other.taken
         self.again += other.again
         self.extend(other, variables)
@@ -125,7 +134,8 @@ class Piece:
         """Forgets what was not looked at."""
         self.available_after &= self.looked
         self.passing_after &= self.looked
-        self.decided_by = self.looked | self.looked << variables.count
+        looked, count = self.looked, variables.count
+        self.decided_by = looked | looked << count | looked << 2 * count
 
     def extend(self, other: Piece, variables: Variables) -> None:
         """Adds the steps of another piece."""

@@ -190,6 +190,7 @@ class Planner:
             self.is_lean,
             _names(forward, choice.saved),
             _names(forward, choice.transient),
+            _names(forward, choice.fleeting),
             _names(forward, replay.recomputed),
             tuple(Step(m.node.name, _path(m.node), m.phase, m.live) for m in replay.moments),
             tuple(Holding(n.name, _path(n), size) for n, size in replay.at_peak()),

@@ -25,7 +25,7 @@ from fxckpt.joint import Joint
 from fxckpt.schedule import Choice
 from fxckpt.symbols import plain
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 class Step(NamedTuple):
@@ -68,6 +68,7 @@ class Plan:
         lean: Whether what runs is that graph as `lean` makes it.
         saved: The values that are saved, in forward order.
         transient: Those that are let go in between, see `schedule`.
+        fleeting: Those of them that do not stay between their readers either.
         recomputed: The operations that run again, likewise.
         steps: What lives at every operation, in the order in which they run.
         at_peak: What lives at the peak, the largest first.
@@ -84,6 +85,7 @@ class Plan:
     lean: bool = dataclasses.field(repr=False)
     saved: tuple[str, ...] = dataclasses.field(repr=False)
     transient: tuple[str, ...] = dataclasses.field(repr=False)
+    fleeting: tuple[str, ...] = dataclasses.field(repr=False)
     recomputed: tuple[str, ...] = dataclasses.field(repr=False)
     steps: tuple[Step, ...] = dataclasses.field(repr=False)
     at_peak: tuple[Holding, ...] = dataclasses.field(repr=False)
@@ -139,6 +141,7 @@ class Plan:
                     **content,
                     "saved": tuple(content["saved"]),
                     "transient": tuple(content["transient"]),
+                    "fleeting": tuple(content["fleeting"]),
                     "recomputed": tuple(content["recomputed"]),
                     "steps": tuple(Step(*each) for each in content["steps"]),
                     "at_peak": tuple(Holding(*each) for each in content["at_peak"]),
@@ -157,10 +160,11 @@ class Plan:
     def choice(self, joint: Joint) -> Choice:
         """The decision on the graph that runs: see `lean`."""
         nodes = {n.name: n for n in joint.forward_nodes()}
-        saved, transient = (
-            frozenset(map(nodes.__getitem__, n)) for n in (self.saved, self.transient)
+        saved, transient, fleeting = (
+            frozenset(map(nodes.__getitem__, names))
+            for names in (self.saved, self.transient, self.fleeting)
         )
-        return Choice(saved, transient, joint)
+        return Choice(saved, transient, fleeting, joint)
 
 
 def fingerprint(joint: Joint) -> str:

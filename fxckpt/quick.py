@@ -26,7 +26,7 @@ from fxckpt.joint import producer, reachable
 from fxckpt.ledger import allocated
 from fxckpt.memory import Memory
 from fxckpt.pieces import Builder, Piece, Reuse
-from fxckpt.schedule import Before, Residual, State
+from fxckpt.schedule import Before, Choice, Residual, State
 from fxckpt.variables import Variables
 
 _BRANCHES = 4  # pieces that a larger one is made of
@@ -102,17 +102,14 @@ class Quick:
         self._wanted = self._variables.behind_all(memory.scheduler.wanted)
         self._cotangents = sum(allocated(n.meta["val"]) for n in memory.scheduler.joint.cotangents)
 
-    def count(self, saved: Iterable[Node], let_go: Iterable[Node]) -> Count:
-        """What a decision comes to.
-
-        Args:
-            saved: Some of `Memory.values`.
-            let_go: Others, see `schedule`.
-        """
+    def count(self, choice: Choice) -> Count:
+        """What a decision about `Memory.values` comes to."""
         variables = self._variables
-        kept = self._arguments | variables.set_of(saved)
-        gone = variables.set_of(n for n in let_go if producer(n) not in self._random)
-        piece = self._run(0, len(self._groups), 0, 0, kept | gone << variables.count)
+        kept = self._arguments | variables.set_of(choice.saved)
+        gone = variables.set_of(n for n in choice.transient if producer(n) not in self._random)
+        fleeting = variables.set_of(choice.fleeting)
+        decided = kept | gone << variables.count | fleeting << 2 * variables.count
+        piece = self._run(0, len(self._groups), 0, 0, decided)
         forward = self._forward.run(piece.taken)
         seconds = math.fsum(map(self._seconds.__getitem__, piece.again))
         return Count(forward.phase, self._backward(piece, forward), piece.again, seconds)
@@ -125,7 +122,7 @@ class Quick:
             end: The one after the last.
             available: What is there.
             passing: What of that is let go.
-            decided: What is saved, and what is let go.
+            decided: What is saved, what is let go, and what is fleeting.
         """
         known = self._known.setdefault((begin, end), [])
         for i, piece in enumerate(known):
@@ -152,7 +149,7 @@ class Quick:
             builder.make_available(ask)
         if node is not None:
             builder.step(node)
-        piece.end(self._stay[g], self._variables)
+        piece.end(*self._stay[g], self._variables)
         return piece
 
     def _backward(self, piece: Piece, forward: _Forward) -> _Phase:

@@ -21,7 +21,9 @@ NOTE [Values that are let go]
 A value is often recomputed long before backward reads it, because another one is recomputed from
 it. A decision may let such values go (`Choice.transient`): they stay from the first operation of
 backward that reads them to the last, and whenever they are needed besides, they are recomputed for
-that and dropped. So some operations run again more than once, and less memory waits.
+that and dropped. So some operations run again more than once, and less memory waits. Some may be
+let go between their readers as well (`Choice.fleeting`): they stay only from one operation to the
+next.
 
 Three kinds of values need care when they are recomputed:
 
@@ -90,6 +92,7 @@ class Choice(Collection[Node]):
     Attributes:
         saved: The values to keep.
         transient: See the note on values that are let go.
+        fleeting: Those of them that do not stay until another reader, unless it comes next.
         joint: The graph that these are values of, if it is another one than was asked about.
         stays: For some transient values, between which operations of backward they stay, if it is
             not from the first that reads them to the last.
@@ -97,6 +100,7 @@ class Choice(Collection[Node]):
 
     saved: frozenset[Node]
     transient: frozenset[Node] = frozenset()
+    fleeting: frozenset[Node] = frozenset()
     joint: Joint | None = dataclasses.field(default=None, compare=False, repr=False)
     stays: Mapping[Node, tuple[int, int]] = dataclasses.field(
         default_factory=dict, compare=False, repr=False
@@ -116,6 +120,7 @@ class Choice(Collection[Node]):
         return Choice(
             frozenset(named[n.name] for n in self.saved),
             frozenset(named[n.name] for n in self.transient),
+            frozenset(named[n.name] for n in self.fleeting),
             None if self.joint is None else joint,
             {named[n.name]: each for n, each in self.stays.items()},
         )
@@ -174,6 +179,7 @@ class Scheduler:
         self.random = _random_order(forward)
         self.owner = {n: owner_of(n) for n in (*forward, *backward)}
         self.stays = self._direct_readers()
+        self.read_next = self._read_next()
 
     def schedule(self, saved: Collection[Node]) -> Schedule:
         """The schedule that keeps `saved` (see `split.split`), which may be a `Choice`.
@@ -181,9 +187,7 @@ class Scheduler:
         What is drawn at random is never let go: its state would have to be kept for each time.
         """
         choice = Choice.of(saved)
-        transient = {n for n in choice.transient if producer(n) not in self.random}
-        stays = {**self.stays, **choice.stays}
-        made = _Backward(self, choice.saved, transient, stays, choice.together)
+        made = _Backward(self, choice)
         backward = made.steps()
         return Schedule(
             self.forward_steps(made.residuals),
@@ -220,6 +224,16 @@ class Scheduler:
                 stays[owner] = first, i
         return stays
 
+    def _read_next(self) -> list[set[Node]]:
+        """For each position in `backward`, the values that the operation after it reads."""
+        found: list[set[Node]] = []
+        coming: set[Node] = set()
+        for node in reversed(self.backward):
+            found.append(coming)
+            reads = {self.owner.get(read, read) for read in self.reads[node]}
+            coming = reads if self.owner[node] is node else coming | reads
+        return found[::-1]
+
     def has_choice(self, node: Node) -> bool:
         """Whether a forward value can be saved as well as recomputed."""
         return is_value(node) and node not in self._argument and node not in self._blank
@@ -232,21 +246,14 @@ class Scheduler:
 class _Backward:
     """The steps of backward for one decision, and what they need of forward."""
 
-    def __init__(
-        self,
-        scheduler: Scheduler,
-        saved: Collection[Node],
-        transient: Collection[Node],
-        stays: Mapping[Node, tuple[int, int]],
-        together: Mapping[Node, Collection[Node]],
-    ) -> None:
+    def __init__(self, scheduler: Scheduler, choice: Choice) -> None:
         self.primals: set[Node] = set()
         self.residuals: list[Residual] = []
         self.recomputed: list[Node] = []
         self.states: dict[Node, State] = {}
-        self._saved, self._transient, self._stays = saved, transient, stays
-        self._together = together
-        self._scheduler = scheduler
+        self._scheduler, self._saved, self._together = scheduler, choice.saved, choice.together
+        self._transient = {n for n in choice.transient if producer(n) not in scheduler.random}
+        self._fleeting, self._stays = choice.fleeting, {**scheduler.stays, **choice.stays}
         self._available = set(scheduler.joint.cotangents)
         self._passing: set[Node] = set()  # the transient ones among these
         self._steps: list[Node | State] = []
@@ -264,11 +271,12 @@ class _Backward:
 
     def _let_go(self, position: int) -> None:
         """Forgets what is transient and not between its readers, views of it included."""
-        owner, stays = self._scheduler.owner, self._stays
-        never = (position + 1, position)
+        never, coming = (position + 1, position), self._scheduler.read_next[position]
         for node in [*self._passing]:
-            first, last = stays.get(owner[node], never)
-            if not first <= position < last:
+            value = self._scheduler.owner[node]
+            first, last = self._stays.get(value, never)
+            is_between = first <= position < last
+            if not is_between or (value in self._fleeting and value not in coming):
                 self._passing.remove(node)
                 self._available -= {node, producer(node)}
 

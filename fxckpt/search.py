@@ -38,7 +38,8 @@ from fxckpt.quick import Count, Quick
 from fxckpt.schedule import Choice
 from fxckpt.solve import Lives, Problem, Program, Solution
 
-# For each value whether it is saved; and then, for each, whether it is let go (see `schedule`).
+# For each value whether it is saved; then, for each, whether it is let go; and whether it is
+# fleeting (see `schedule`).
 Decision = NDArray[np.bool_]
 
 _ROUNDINGS = (0.999, 0.5, 0.001)  # what counts as saved
@@ -50,6 +51,9 @@ _BEST, _GOOD, _POOR = 1.02, 1.04, 1.3
 _EXCHANGES = 3  # times the replays of the other ways, where all is poor
 _FEW = 150  # values, for which exact solutions are found soon
 _AT_ONCE = 6  # values to try to give up
+_STATES = 3  # of a value, that a decision tells
+_LARGE = 1 / 8  # of what lives in any case: what may be let go between its readers
+_NEARLY = 0.02  # of what is found to need least: what may be left
 _HALVINGS, _STARTS, _DESCENT = 8, 4, 0.95  # how to find what needs least
 
 
@@ -81,6 +85,7 @@ class Search:
         self.memory, self._seconds, self._replays = memory, seconds, replays
         self._solutions = exact if len(memory.values) <= _FEW else 0
         self._problem = problem_of(memory, seconds)
+        self._breakable = {*self._problem.breakable()}
         self._again = self._problem.seconds[self._problem.producer]
         self._roles = self._problem.roles()
         self._quick = Quick(memory, seconds)
@@ -131,16 +136,19 @@ class Search:
 
     def consider(self, saved: Iterable[Node]) -> Found:
         """Adds a decision to those that are known."""
-        decision = np.zeros(2 * len(self._index), dtype=bool)
+        decision = np.zeros(_STATES * len(self._index), dtype=bool)
         decision[[self._index[n] for n in saved if n in self._index]] = True
         self._given.append(self._try(decision))
         return self._given[-1]
 
     def choice(self, decision: Decision) -> Choice:
         """The values that a decision saves, and those that it lets go."""
-        values, count = self.memory.values, len(self._index)
-        saved = frozenset(values[i] for i in np.flatnonzero(decision[:count]))
-        return Choice(saved, frozenset(values[i] for i in np.flatnonzero(decision[count:])))
+        values = self.memory.values
+        saved, transient, fleeting = (
+            frozenset(values[i] for i in np.flatnonzero(part))
+            for part in np.split(decision, _STATES)
+        )
+        return Choice(saved, transient, fleeting)
 
     # -- looking for more
 
@@ -150,7 +158,7 @@ class Search:
             return
         for look, near in (
             (self._look_by_learning, _BEST),
-            (self._look_exactly, _GOOD),
+            (functools.partial(self._look_exactly, self._exact), _GOOD),
             (self._look_by_aiming, _GOOD),
         ):
             self._left = self._replays
@@ -186,19 +194,21 @@ class Search:
         bound, known = self.bound(budget), self.best(budget)
         return known is None or bound is None or known.seconds > factor * bound
 
-    def _look_exactly(self, budget: float) -> None:
+    def _look_exactly(self, program: Exact, budget: float) -> list[Found]:
         """Solutions that know what waits: for graphs that are small enough to find them soon."""
-        aim = budget
+        aim, made = budget, []
         for _ in range(self._solutions):
-            solution = self._exact.solve(aim, whole=True)
+            solution = program.solve(aim, whole=True)
             if solution is None:
-                return
+                break
             found = self._try(self._rounded(solution, 0.5))
+            made.append(found)
             over = found.peak - budget
             if over <= 0:
-                return
-            self._repair(found, budget)
+                break
+            made.append(self._repair(found, budget))
             aim -= max(0.5 * over, 0.005 * budget)
+        return made
 
     def _look_from_below(self, budget: float) -> None:
         """Lets all go that is not saved, and then less."""
@@ -269,15 +279,30 @@ class Search:
                 high = middle
                 starts += [self._try(self._rounded(solution, limit)) for limit in _ROUNDINGS]
         starts += [self._try(self._without_waiting(found.decision)) for found in starts]
-        starts.sort(key=lambda found: (found.peak, found.seconds))
-        nothing = np.zeros(2 * len(self._index), dtype=bool)  # many others may need as much
+        starts.sort(key=_need)
+        nothing = np.zeros(_STATES * len(self._index), dtype=bool)  # many others may need as much
         lowest = [self._descend(found, low) for found in (self._try(nothing), *starts[:_STARTS])]
-        return min(lowest, key=lambda found: (found.peak, found.seconds))
+        return self._least_exactly(min(lowest, key=_need), low)
+
+    def _least_exactly(self, found: Found, low: float) -> Found:
+        """Halves what lies between a decision and what none can need less than."""
+        program, high = Exact(self._problem, recomputing=True), found.peak
+        for _ in range(self._solutions):
+            if high - low <= _NEARLY * high:
+                break
+            self._left = self._replays
+            middle = (low + high) / 2
+            made = self._look_exactly(program, middle)
+            better = min(made, key=_need, default=found)
+            if better.peak < found.peak:
+                found = min(better, self._descend(better, low), key=_need)
+            low, high = (low, found.peak) if found.peak <= middle else (middle, high)
+        return found
 
     def _without_waiting(self, decision: Decision) -> Decision:
         """The same with all let go that is not saved."""
-        saved = decision[: len(self._index)]
-        return np.append(saved, ~saved)
+        saved, _, fleeting = np.split(decision, _STATES)
+        return np.concatenate([saved, ~saved, fleeting])
 
     def _descend(self, found: Found, low: float) -> Found:
         """Repairs a decision for less and less."""
@@ -304,13 +329,13 @@ class Search:
         if key not in self._recent:
             if len(self._recent) >= _RECENT:
                 del self._recent[next(iter(self._recent))]
-            choice = self.choice(decision)
-            self._recent[key] = self._quick.count(choice.saved, choice.transient)
+            self._recent[key] = self._quick.count(self.choice(decision))
         return self._recent[key]
 
     def _rounded(self, solution: Solution, limit: float) -> Decision:
         saved = solution.saved > limit
-        return np.append(saved, (solution.let_go > 0.5) & ~saved)
+        fleeting = (solution.fleeting > 0.5) & ~saved
+        return np.concatenate([saved, (solution.let_go > 0.5) & ~saved | fleeting, fleeting])
 
     def _repair(self, found: Found, budget: float, below: float = math.inf) -> Found:
         """Gives up one thing after another until a decision fits, or nothing helps.
@@ -351,6 +376,10 @@ class Search:
         waiting = [v for v in alive if not decision[v] and not decision[count + v]]
         for v in sorted(waiting, key=self._seconds_for_a_byte)[:_AT_ONCE]:
             yield _changed(decision, count + v, True)
+        for v in [v for v in alive if v in self._breakable and not decision[2 * count + v]]:
+            if not decision[v] or self._again[v] < within:
+                there = _changed(decision, v, False)
+                yield _changed(_changed(there, count + v, True), 2 * count + v, True)
         for v in [v for v in alive if not decision[v]][:_AT_ONCE]:
             yield _changed(decision, v, True)
 
@@ -416,8 +445,9 @@ class Search:
         again = [v for n, v in self._index.items() if not decision[v] and runs[producer(n)]]
         twice = [v for v in again if runs[producer(self.memory.values[v])] > 1]
         for v in sorted(twice, key=self._seconds_for_a_byte, reverse=True):
-            if decision[count + v]:
-                yield count + v, False
+            for bit in (2 * count + v, count + v):
+                if decision[bit]:
+                    yield bit, False
         for v in sorted(again, key=self._seconds_for_a_byte, reverse=True):
             yield v, True
 
@@ -446,19 +476,43 @@ def problem_of(memory: Memory, seconds: dict[Node, float]) -> Problem:
         if node in values:
             last[values[node]] = when[operation] - 1
     taken = {o: values[v] for v, o in memory.replaced.items() if v in values}
+    reads = [[values[u] for u in memory.needed_by.get(m.node, ())] for m in backward]
     return Problem(
         np.array([memory.cost[v] for v in values], dtype=float),
         np.array([operations[producer(v)] for v in values], dtype=np.int64),
         np.array([seconds[o] for o in operations], dtype=float),
         [[values[u] for u in memory.inputs_of[o]] for o in operations],
-        [[values[u] for u in memory.needed_by.get(m.node, ())] for m in backward],
+        reads,
         [[values[u] for u in memory.replaceable.get(m.node, ())] for m in backward],
         last,
         np.array([m.live for m in forward], dtype=float),
         np.array([m.live for m in backward], dtype=float),
         np.array(memory.fixed_before, dtype=float),
         [taken.get(o, -1) for o in operations],
+        _gaps(reads, {values[v] for v in memory.values if _may_be_broken(memory, v)}),
     )
+
+
+def _may_be_broken(memory: Memory, value: Node) -> bool:
+    """Whether a value may be let go between its readers: the others are not worth the columns."""
+    is_random = producer(value) in memory.scheduler.random
+    return not is_random and memory.cost[value] >= _LARGE * memory.fixed.peak
+
+
+def _gaps(reads: list[list[int]], some: set[int]) -> list[list[int]]:
+    """For each moment those of some values that are read before and after, and not there."""
+    read = [{*values} & some for values in reads]
+    last = {v: t for t, values in enumerate(read) for v in values}
+    gaps: list[list[int]] = []
+    known: set[int] = set()
+    for t, values in enumerate(read):
+        known |= values
+        gaps.append(sorted(v for v in known - values if t < last[v]))
+    return gaps
+
+
+def _need(found: Found) -> tuple[int, float]:
+    return found.peak, found.seconds
 
 
 def _changed(decision: Decision, v: int, value: bool) -> Decision:

@@ -23,6 +23,9 @@ found. It has one more variable for each value,
     g(v) <= r(o)            v, result of o, does not wait: it is let go, and computed once more
 
 which costs seconds(o), and takes back what v holds while it waits, from the moment after the first.
+And large ones that are not read all the time have another, for what is let go between its readers:
+
+    f(v) <= r(o)            v is computed once more, and not there while nobody reads it
 
 Rows of moments are added only when a solution would violate them (cutting planes): of thousands, a
 few dozen matter. Solved by HiGHS through `scipy.optimize`.
@@ -65,6 +68,7 @@ class Problem:
         backward: Likewise.
         before: Likewise right before each moment of backward.
         taken: For each operation, the operand whose place its result takes; -1 if it takes none.
+        gaps: For each moment of backward the values that could be let go between their readers.
     """
 
     sizes: Floats
@@ -78,6 +82,21 @@ class Problem:
     backward: Floats
     before: Floats
     taken: Sequence[int]
+    gaps: Sequence[Sequence[int]]
+
+    def breakable(self) -> list[int]:
+        """The values that could be let go between their readers."""
+        return sorted({v for values in self.gaps for v in values})
+
+    def given_up(self) -> list[list[int]]:
+        """Those that need not be there at each moment of backward.
+
+        A result may take the place of what is let go right after it.
+        """
+        found = [[*values] for values in self.gaps]
+        for values, replaceable, gone in zip(found, self.replaceable, self.gaps[1:], strict=False):
+            values += sorted({*replaceable} & {*gone})
+        return found
 
     def needs(self) -> tuple[Ints, Ints]:
         """The first and the last moment at which backward reads each value."""
@@ -135,6 +154,7 @@ class Problem:
             self,
             reads=at_odd(self.reads),
             replaceable=at_odd(self.replaceable),
+            gaps=[values for values in self.gaps for _ in range(2)],
             backward=np.stack([self.before, self.backward], 1).ravel(),
         )
 
@@ -146,11 +166,13 @@ class Solution:
     Attributes:
         saved: s(v).
         let_go: g(v).
+        fleeting: f(v).
         seconds: The optimum, or, of a solution without fractions, what it cannot be below.
     """
 
     saved: Floats
     let_go: Floats
+    fleeting: Floats
     seconds: float
 
 
@@ -188,7 +210,10 @@ class Program:
         self._again = self._values + problem.producer.copy()
         self._again[several] = self._values + self._operations + np.arange(len(several))
         self._let_go = self._values + self._operations + len(several)  # where g begins
-        self._columns = self._let_go + self._values
+        self._breakable = problem.breakable()
+        self._fleeting = self._let_go + self._values  # where f begins
+        self._columns = self._fleeting + len(self._breakable)
+        self._gaps = at_moments(problem.gaps, self._breakable)
         self._several = several
         self._scale = max(float(problem.seconds.max(initial=0.0)), 1e-12)
         self._logic, self._logic_bounds = self._logic_rows()
@@ -246,7 +271,10 @@ class Program:
         if whole:
             ties = float(self._objective[: self._values].sum())
             seconds = min(seconds, max(found.mip_dual_bound - ties, 0.0) * self._scale)
-        return Solution(found.x[: self._values], found.x[self._let_go :], seconds)
+        fleeting = np.zeros(self._values)
+        fleeting[self._breakable] = found.x[self._fleeting :]
+        let_go = found.x[self._let_go : self._fleeting]
+        return Solution(found.x[: self._values], let_go, fleeting, seconds)
 
     def _cut(self, over: Floats, budget: float) -> bool:
         """Adds rows for the moments that are over most; whether there are any."""
@@ -265,10 +293,11 @@ class Program:
         forward = sums(ahead, problem.last + 1, np.full(self._values, ahead), saved)
         backward = sums(behind, np.zeros(self._values, int), lives.until + 1, saved)
         backward += sums(behind, lives.begin, lives.end + 1, again)
-        gone = sizes * x[self._let_go :]
+        gone = sizes * x[self._let_go : self._fleeting]
         begin, read = lives.begin + 1, np.maximum(lives.begin + 1, self._first)
         backward -= sums(behind, begin, lives.end + 1, gone)
         backward += sums(behind, read, self._again_until + 1, gone)
+        backward -= self._gaps @ (sizes[self._breakable] * x[self._fleeting :])
         return np.concatenate([problem.forward + forward, problem.backward + backward])
 
     def _row(self, moment: int, lives: Lives) -> csr_matrix:
@@ -281,7 +310,8 @@ class Program:
             there = (lives.begin <= t) & (t <= lives.end)
             np.add.at(row, self._again[there], sizes[there])
             read = (self._first <= t) & (t <= self._again_until)
-            row[self._let_go :] = -sizes * (there & ~read & (lives.begin < t))
+            row[self._let_go : self._fleeting] = -sizes * (there & ~read & (lives.begin < t))
+            row[self._fleeting :] = -sizes[self._breakable] * self._gaps[t]
         return csr_matrix(row)
 
     def _waited_for(self) -> Ints:
@@ -321,6 +351,8 @@ class Program:
             yield [(n + o, 1.0), (int(v), -1.0), (int(self._again[v]), -1.0)], 0.0
         for u in range(n):
             yield [(self._let_go + u, 1.0), (int(self._again[u]), -1.0)], 0.0
+        for i, u in enumerate(self._breakable):
+            yield [(self._fleeting + i, 1.0), (int(self._again[u]), -1.0)], 0.0
 
     def _costs(self) -> Floats:
         """Seconds; and so little for each byte saved that it decides only between equals.
@@ -332,7 +364,9 @@ class Program:
         costs[self._values : self._values + self._operations] = problem.seconds
         weight = 1e-6 * problem.seconds.sum() / max(problem.sizes.sum(), 1.0)
         costs[: self._values] = weight * problem.sizes
-        costs[self._let_go :] = problem.seconds[problem.producer] + weight
+        more = problem.seconds[problem.producer] + weight
+        costs[self._let_go : self._fleeting] = more
+        costs[self._fleeting :] = more[self._breakable]
         return costs / self._scale
 
 
@@ -340,6 +374,15 @@ def _numbered(things: Iterable[Any]) -> list[int]:
     """Equal numbers for what is equal."""
     numbers: dict[Any, int] = {}
     return [numbers.setdefault(thing, len(numbers)) for thing in things]
+
+
+def at_moments(values: Sequence[Sequence[int]], some: Sequence[int]) -> Floats:
+    """For each moment, and each of some values, 1 where it is among those of the moment."""
+    columns = {v: i for i, v in enumerate(some)}
+    found = np.zeros((len(values), len(some)))
+    for moment, at in enumerate(values):
+        found[moment, [columns[v] for v in at]] = 1
+    return found
 
 
 def sums(count: int, begin: Ints, end: Ints, amounts: Floats) -> Floats:

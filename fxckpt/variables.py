@@ -172,8 +172,11 @@ class Variables:
             v for v in self.behind_all(nodes) if self.things[v].meta.get("phase") != "backward"
         )
 
-    def staying(self) -> list[int]:
-        """For each of `groups`, what stays after it although it is let go, see `schedule`."""
+    def staying(self) -> list[tuple[int, int]]:
+        """For each of `groups`, what stays after it although it is let go, see `schedule`.
+
+        And what does although it is fleeting.
+        """
         scheduler = self.memory.scheduler
         changes: dict[int, int] = defaultdict(int)
         for node, (first, last) in scheduler.stays.items():
@@ -184,5 +187,6 @@ class Variables:
         for i, node in enumerate(scheduler.backward):
             now ^= changes[i]
             if self.is_own(node):
-                found.append(now)
-        return [*found, -1]
+                soon = sum(1 << self.of[n] for n in scheduler.read_next[i] if n in self.of)
+                found.append((now, soon))
+        return [*found, (-1, -1)]

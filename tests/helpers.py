@@ -266,7 +266,10 @@ def decided(model: nn.Module, decide: Callable[[Joint], Collection[Node]]) -> nn
 
 
 def random_choice(seed: int, share: int) -> Callable[[Joint], Choice]:
-    """Saves about `share` quarters of all values and lets half of the others go, as ever."""
+    """Saves about `share` quarters of all values and lets half of the others go, as ever.
+
+    Half of these do not stay between their readers either.
+    """
 
     def number(node: Node) -> int:
         return zlib.crc32(f"{seed} {node.name}".encode())
@@ -274,9 +277,22 @@ def random_choice(seed: int, share: int) -> Callable[[Joint], Choice]:
     def decide(joint: Joint) -> Choice:
         values = [value.node for value in joint.values()]
         saved = frozenset(n for n in values if number(n) % 4 < share)
-        return Choice(saved, frozenset(n for n in values if number(n) // 4 % 2))
+        transient = frozenset(n for n in values if number(n) // 4 % 2)
+        return Choice(saved, transient, frozenset(n for n in transient if number(n) // 8 % 2))
 
     return decide
+
+
+KINDS = ("saved", "again", "let go", "fleeting")
+
+
+def choice_of(kinds: Mapping[Node, str]) -> Choice:
+    """The decision that does one of `KINDS` with each value."""
+    saved, let_go, fleeting = (
+        frozenset(v for v, kind in kinds.items() if kind == each)
+        for each in ("saved", "let go", "fleeting")
+    )
+    return Choice(saved, let_go | fleeting, fleeting)
 
 
 def joint_of(model: nn.Module) -> Joint:

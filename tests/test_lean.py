@@ -1,5 +1,7 @@
 """Backward rewritten for less memory at a time: the same bits, by kernels and in training."""
 
+import copy
+import dataclasses
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -162,7 +164,7 @@ def leanly(decide: Callable[[Joint], Any]) -> Callable[[Joint], Choice]:
         better = lean(joint)
         better.verify()
         choice = Choice.of(decide(better))
-        return Choice(choice.saved, choice.transient, better)
+        return dataclasses.replace(choice, joint=better)
 
     return decide_on
 
@@ -213,15 +215,36 @@ def test_convolution_is_differentiated_without_its_input() -> None:
     assert ours.replay(ours.values).backward_peak <= 2 * MIB + weights + 8
 
 
-def test_convolution_whose_input_is_read_later_is_left_alone() -> None:
-    """ReLU is differentiated by its result, which the convolution reads."""
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
-    new = fxckpt.rewrite(model, "everything", example_inputs=(torch.ones(1, 3, 8, 8),))
-    better = lean(joint_of(new))
-    assert (
-        len([n for n in better.backward_nodes() if n.target is aten.convolution_backward.default])
-        == 2
+def rectified() -> tuple[nn.Module, Tensor]:
+    """ReLUs are differentiated by their results, which convolutions read: one large, one small."""
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.MaxPool2d(4)),
+        *(nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)),
     )
+    return model, torch.randn(2, 3, 48, 48)
+
+
+def test_convolution_whose_input_is_read_later_is_left_alone_if_it_is_small() -> None:
+    model, x = rectified()
+    new = fxckpt.rewrite(model, "everything", example_inputs=(x,))
+    pooled_or_large = [[False, True, True], [True, False, False]]
+    masks = masks_of(lean(joint_of(new)))
+    assert masks == [[True] * 3, *pooled_or_large, *pooled_or_large, [False, True, True]]
+
+
+def test_large_input_of_a_convolution_is_let_go_between_its_readers() -> None:
+    """It meets neither both gradients, nor what is made of it."""
+    model, x = rectified()
+    found, *_, most = fxckpt.frontier(model, x, device="v100")
+    assert not most.fleeting
+    large = 2 * 4 * 46 * 46 * 4
+    assert found.fleeting
+    assert found.peak < 3 * large
+    rewritten = fxckpt.rewrite(copy.deepcopy(model), plan=found, strict=True)
+    for each in (model, rewritten):
+        each(x).square().sum().backward()
+    grads = [[content(p.grad) for p in each.parameters()] for each in (model, rewritten)]
+    assert grads[0] == grads[1]
 
 
 class Pooled(nn.Module):

@@ -5,7 +5,7 @@ import random
 from typing import Any
 
 import pytest
-from helpers import MODELS, decided, joint_of
+from helpers import KINDS, MODELS, choice_of, decided, joint_of
 from hypothesis import example, given
 from hypothesis import strategies as st
 from test_random_models import instructions, make_program
@@ -25,15 +25,14 @@ def assert_agrees(joint: Joint, seed: int, *, rounds: int = 8, **options: Any) -
     memory, draw = Memory(joint, **options), random.Random(seed)
     seconds = {node: draw.random() for node in joint.forward_nodes()}
     quick, values = Quick(memory, seconds), memory.values
-    kinds = {v: draw.choice(("saved", "again", "let go")) for v in values}
+    kinds = {v: draw.choice(KINDS) for v in values}
     for _ in range(rounds):
-        saved, let_go = ([v for v in values if kinds[v] == k] for k in ("saved", "let go"))
-        replay = memory.replay(Choice(frozenset(saved), frozenset(let_go)))
-        found = quick.count(saved, let_go)
+        choice = choice_of(kinds)
+        replay, found = memory.replay(choice), quick.count(choice)
         assert found.live.tolist() == replay.live.tolist()
         assert found.seconds == math.fsum(seconds[node] for node in replay.again)
         for v in draw.sample(values, min(3, len(values))):
-            kinds[v] = draw.choice(("saved", "again", "let go"))
+            kinds[v] = draw.choice(KINDS)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -79,7 +78,7 @@ def test_what_is_largest_at_the_peak_comes_first() -> None:
         fxckpt.rewrite(case.model, "nothing", strict=True, example_inputs=case.batch(0))
     )
     memory = Memory(joint)
-    count = Quick(memory, dict.fromkeys(joint.forward_nodes(), 1.0)).count(memory.values, ())
+    count = Quick(memory, dict.fromkeys(joint.forward_nodes(), 1.0)).count(Choice.of(memory.values))
     sizes = [storage_bytes(node.meta["val"]) for node in count.at_peak()]
     assert sizes == sorted(sizes, reverse=True)
     assert 0 < sum(sizes) <= count.peak
