@@ -1,0 +1,250 @@
+"""What lives at a moment of backward, as columns and rows of the program of `exact`; pure numbers.
+
+NOTE [What waits]
+
+
+The program of `solve` knows how long a value is read, not how long it waits for that. Both follow
+from what has run again by a moment t of backward, so each moment that binds gets variables of its
+own (of what is far from it, little is to be known):
+
+    e(o) <= r(o)                            o has run again by then
+    e(o) >= 1 - s(v) - s(u)                 for results u of o that make v, which is read by then
+    e(o) >= e(c) - s(u)                     for results u of o that c reads, which has run by then
+    e(o) <= sum of e(c) over readers c      nothing runs before it is asked for
+    w(u) >= e(o) - s(u) - g(o)              u is read later: it waits, or o runs once more
+    w(u) >= e(c) - s(v) - w(v) - s(u) - g(o)    so it does if c has to run once more to make v
+    z(u) >= r(c) - e(c) - (u is computed again)    u is saved for c, which runs later
+    f(v) <= r(o), h(o)                      v is not there between its readers: o runs once more
+    y(u) >= f(v) - h(p) - (u is there)      so does p, unless its result u, which o reads, waits
+
+All decisions satisfy these, so the optimum remains a bound, and it is hardly ever below what a
+replay shows. What it does not contain are the bytes while something runs again. A program for plans
+has rows for these too: operands and results of an operation, and all that has run before it.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterable
+
+import numpy as np
+
+from fxckpt.columns import Columns, Rows
+from fxckpt.solve import Floats
+
+_CLOSE = 3  # steps back from what is let go between its readers
+
+
+class Waiting:
+    """The columns and rows of one moment of backward.
+
+    Chains are followed for `depth` steps, and to one operation, if it is not -1.
+    """
+
+    def __init__(
+        self, columns: Columns, rows: Rows, moment: int, depth: int, operation: int
+    ) -> None:
+        self._columns, self._rows, self._moment = columns, rows, moment
+        # For each operation, the column that says whether it has run.
+        self._run = self._near(depth, operation)
+        self._through = self._gates()
+        self._waits: dict[int, int] = {}
+        self._link()
+
+    def _near(self, depth: int, operation: int) -> dict[int, int]:
+        """e(o): that of what is read already is r(o)."""
+        columns, rows, problem = self._columns, self._rows, self._columns.problem
+        n = columns.n
+        run = {int(o): n + int(o) for o in np.flatnonzero(columns.asked <= self._moment)}
+        edge = list(run)
+        while edge and (depth > 0 or (operation >= 0 and operation not in run)):
+            depth -= 1
+            behind = dict.fromkeys(
+                int(problem.producer[u]) for o in edge for u in problem.operands[o]
+            )
+            edge = [o for o in behind if o not in run]
+            run.update((o, rows.column()) for o in edge)
+        self._edge = edge
+        return run
+
+    def _has_run(self, o: int) -> list[tuple[int, float]]:
+        """Columns of which at least one is 1 if an operation has run, all negative.
+
+        What is far away has only run if what leads there from the end of a chain has.
+        """
+        while o not in self._run and o in self._through:
+            o = self._through[o]
+        if o in self._run:
+            return [(self._run[o], -1.0)]
+        return [(self._run[e], -1.0) for e in self._edge if self._columns.behind[e] >> o & 1]
+
+    def _gates(self) -> dict[int, int]:
+        """For operations that only run early if a certain later one does, the first such one.
+
+        These are immediate dominators (Cooper, Harvey and Kennedy 2001) of the graph from readers
+        to operands, which is entered at what is read already.
+        """
+        columns = self._columns
+        gate: dict[int, int] = {}
+        for o in range(columns.m - 1, -1, -1):
+            readers = {c for v in columns.results[o] for c in columns.readers[v]} - {o}
+            if columns.asked[o] <= self._moment or not readers:
+                continue
+            common: int | None = max(readers)
+            for reader in readers:
+                other: int | None = reader
+                while common != other and common is not None and other is not None:
+                    if common < other:
+                        common = gate.get(common)
+                    else:
+                        other = gate.get(other)
+                common = common if common == other else None
+            if common is not None:
+                gate[o] = common
+        return gate
+
+    def _is_early(self, o: int) -> bool:
+        return o in self._run and self._columns.asked[o] > self._moment
+
+    def _link(self) -> None:
+        columns, rows, run = self._columns, self._rows, self._run
+        problem = columns.problem
+        for o in run:
+            for u in dict.fromkeys(problem.operands[o]):
+                p = int(problem.producer[u])
+                if not self._is_early(p) or p == o:
+                    continue
+                if self._is_early(o):
+                    rows.add([(run[o], 1), (run[p], -1), (u, -1)])
+                for v in columns.results[o]:
+                    if columns.first[v] <= self._moment:
+                        rows.add([(run[p], -1), (v, -1), (u, -1)], -1)
+        for o in filter(self._is_early, run):
+            self._ask_for(o)
+            self._wait_for(o)
+        for v in [v for v in self._waits if columns.last[v] >= 0]:
+            self._wait_besides(v)
+
+    def _ask_for(self, o: int) -> None:
+        """Nothing runs before it is asked for."""
+        columns, rows, run = self._columns, self._rows, self._run
+        readers = {c for v in columns.results[o] for c in columns.readers[v]}
+        asking = dict(entry for c in sorted(readers) for entry in self._has_run(c))
+        rows.add([(run[o], 1), (columns.n + o, -1)])
+        if o in self._through:
+            rows.add([(run[o], 1), *self._has_run(self._through[o])])
+        rows.add([(run[o], 1), *((c, f) for c, f in asking.items() if c != run[o])])
+
+    def _wait_for(self, o: int) -> None:
+        """What is read later waits, or is computed once more."""
+        columns, rows = self._columns, self._rows
+        more = columns.n + columns.m + o
+        for u in columns.results[o]:
+            if columns.first[u] > self._moment and columns.problem.sizes[u]:
+                self._waits[u] = rows.column()
+                if columns.last[u] >= 0:
+                    kept = [(u, -1)] if len(columns.results[o]) > 1 else []  # else it is not saved
+                    rows.add([(self._run[o], 1), *kept, (more, -1), (self._waits[u], -1)])
+
+    def _wait_besides(self, v: int) -> None:
+        """So does what backward does not read, for a value that is computed once more."""
+        columns, problem, rows = self._columns, self._columns.problem, self._rows
+        c = int(problem.producer[v])
+        for u in dict.fromkeys(problem.operands[c]):
+            if u in self._waits and columns.last[u] < 0:
+                more = columns.n + columns.m + int(problem.producer[u])
+                there = [(u, -1), (more, -1), (self._waits[u], -1)]
+                rows.add([(self._run[c], 1), (v, -1), (self._waits[v], -1), *there])
+
+    def _kept(self) -> list[tuple[int, float]]:
+        """What is saved and still there."""
+        columns, rows, sizes = self._columns, self._rows, self._columns.problem.sizes
+        kept = [(int(v), float(sizes[v])) for v in np.flatnonzero(columns.last >= self._moment)]
+        for v in map(int, np.flatnonzero((columns.last < self._moment) & (sizes > 0))):
+            column = None
+            for c in columns.readers[v]:
+                if columns.asked[c] <= self._moment or c == columns.problem.producer[v]:
+                    continue
+                column = rows.column() if column is None else column
+                there = [(int(columns.again[v]), -1.0), (column, -1.0)]
+                rows.add([(columns.n + c, 1), *self._has_run(c), *there])
+            if column is not None:
+                kept.append((column, float(sizes[v])))
+        return kept
+
+    def live(self) -> list[tuple[int, float]]:
+        """Columns and bytes of what lives at the moment, besides what lives in any case."""
+        columns, moment, sizes = self._columns, self._moment, self._columns.problem.sizes
+        read = np.flatnonzero((columns.first <= moment) & (moment <= columns.until))
+        again = [(int(columns.again[v]), float(sizes[v])) for v in read]
+        waiting = ((w, float(sizes[v])) for v, w in self._waits.items())
+        gone = self._gone(columns.given_up)
+        return [*self._kept(), *again, *waiting, *gone, *self._waiting_for_gone()]
+
+    def _waiting_for_gone(self) -> Iterable[tuple[int, float]]:
+        """What waits to make those once more that are let go between their readers."""
+        columns, rows, t = self._columns, self._rows, self._moment
+        problem, h = columns.problem, columns.n + 2 * columns.m
+        fleeting = zip(columns.breakable, columns.fleeting, strict=True)
+        stack = [(v, v, int(f), _CLOSE) for v, f in fleeting if v in problem.gaps[t]]
+        while stack:
+            v, made, runs, steps = stack.pop()
+            until = columns.reads[v][bisect.bisect(columns.reads[v], t)]
+            for u in dict.fromkeys(problem.operands[problem.producer[made]]):
+                p, reads = int(problem.producer[u]), columns.reads[u]
+                comes = bisect.bisect(reads, t) < bisect.bisect(reads, until)
+                if comes or p == problem.producer[made]:
+                    continue  # it is made for something else
+                waits, more = rows.column(), rows.column()
+                rows.add([(runs, 1), (waits, -1), (more, -1), *self._there(u)])
+                rows.add([(more, 1), (h + p, -1)])
+                if steps > 1:
+                    stack.append((v, u, more, steps - 1))
+                yield waits, float(problem.sizes[u])
+
+    def _there(self, u: int) -> list[tuple[int, float]]:
+        """Columns of which at least one is 1 if a value is counted already, all negative."""
+        columns, moment = self._columns, self._moment
+        there = [(self._waits[u], -1.0)] if u in self._waits else []
+        if columns.last[u] >= moment:
+            there.append((u, -1.0))
+        if columns.first[u] <= moment <= columns.until[u]:
+            there.append((int(columns.again[u]), -1.0))
+        return there
+
+    def _gone(self, when: Floats) -> list[tuple[int, float]]:
+        """What is let go between its readers."""
+        columns, gone = self._columns, when[self._moment]
+        sizes = columns.problem.sizes[columns.breakable]
+        return [(int(columns.fleeting[i]), -float(sizes[i])) for i in np.flatnonzero(gone)]
+
+    def live_while(self, o: int) -> list[tuple[int, float]]:
+        """Likewise while an operation runs again for it."""
+        columns, rows, moment = self._columns, self._rows, self._moment
+        problem, sizes = columns.problem, columns.problem.sizes
+        first, last, again = columns.first, columns.last, columns.again
+        runs = self._run[o]
+        if columns.asked[o] == moment:
+            runs = rows.column()
+            for v in columns.results[o]:
+                if first[v] == moment:
+                    rows.add([(v, -1), (runs, -1)], -1)
+        found = self._kept()
+        operands = set(problem.operands[o])
+        for v in range(columns.n):
+            earlier = problem.producer[v] < o
+            if first[v] < moment <= last[v] or (
+                first[v] == moment and earlier and v not in operands
+            ):
+                found.append((int(again[v]), float(sizes[v])))
+            elif v in operands and sizes[v]:
+                held = rows.column()
+                found.append((held, float(sizes[v])))
+                if v != problem.taken[o]:
+                    rows.add([(runs, 1), (v, -1), (held, -1)])
+                if v in self._waits:
+                    rows.add([(self._waits[v], 1), (held, -1)])
+            elif earlier and v in self._waits:
+                found.append((self._waits[v], float(sizes[v])))
+        found += [(runs, float(sizes[v])) for v in columns.results[o]]
+        return [*found, *self._gone(columns.gaps)]
