@@ -5,7 +5,7 @@ For plans (see `planner`): what eager runs stays what policies and eager's own p
     gradients first     What finishes the gradient of a primal runs as soon as it can: that of a
                         weight before that of the layer's input, so that the input can die.
     convolutions        are differentiated in two calls, by the weight and then by the input: where
-                        that can die then, and the largest, as it can be let go in between.
+                        that can die in between, or, if they are among the largest, be let go.
     masks of what is    What ReLU gave to max-pooling is differentiated by the pooled values, which
     pooled              are smaller: the elements that were not the largest get no gradient anyway.
     shapes alone        Some operations of backward take an operand for its shape. They get memory
@@ -35,10 +35,18 @@ aten = torch.ops.aten
 _LARGE = 0.4  # of the largest convolution
 
 
-def lean(joint: Joint) -> Joint:
-    """A joint graph of the same results, whose backward needs less memory at a time."""
-    new = _reordered(joint)
-    for node in _worth_two_calls(new):
+def lean(joint: Joint, degree: int = 1) -> Joint:
+    """A joint graph of the same results, whose backward needs less memory at a time.
+
+    Args:
+        joint: The graph; it stays as it is.
+        degree: How much to do: 0 nothing, 1 what hardly costs anything, 2 also what helps only
+            decisions that let values go between their readers.
+    """
+    if not degree:
+        return joint
+    new = dataclasses.replace(_reordered(joint), lean=degree)
+    for node in _worth_two_calls(new, largest=degree > 1):
         _differentiate_twice(node)
     for node in [*new.backward_nodes()]:
         if (pooling := _pooled_alone(new, node)) is not None:
@@ -114,8 +122,13 @@ def _passes_on(node: Node) -> bool:
 # --- convolutions ---------------------------------------------------------------------------------
 
 
-def _worth_two_calls(joint: Joint) -> list[Node]:
-    """The convolutions of backward by a value and the weight for which it helps if that can go."""
+def _worth_two_calls(joint: Joint, *, largest: bool) -> list[Node]:
+    """The convolutions of backward by a value and the weight for which it helps if that can go.
+
+    Args:
+        joint: The graph.
+        largest: Whether these are among them whoever reads the value later.
+    """
     nodes = [*joint.backward_nodes()]
     last = {owner_of(read): node for node in nodes for read in node.all_input_nodes}
     found = []
@@ -128,7 +141,7 @@ def _worth_two_calls(joint: Joint) -> list[Node]:
             if made and mask[0] and mask[1]:
                 found.append((node, owner_of(x), _bytes(node)))
     large = _LARGE * max((size for _, _, size in found), default=0)
-    return [node for node, x, size in found if last[x] is node or size >= large]
+    return [node for node, x, size in found if last[x] is node or (largest and size >= large)]
 
 
 def _bytes(node: Node) -> int:

@@ -35,6 +35,7 @@ _SECONDS_OF_REPLAY = 2e-6  # for each node of a graph, about
 _SECONDS_OF_EXACT = 0.75  # for each exact solution, about
 _PLANS_KEPT = 32  # for reports
 _PARTS = 32  # see `Search.front`
+_LITTLE = 1e-3  # of the peak, that a leaner graph may need more
 _SHARE, _SHARE_OF_EXACT = 0.05, 0.2  # of the seconds for planning: replays, exact solutions
 
 
@@ -72,7 +73,7 @@ class Planner:
         self._given, self._costs = joint, costs
         self._eager = Memory(joint, workspaces=here, eager=True)
         self.eager_peak = self._eager.replay(self._eager.values).peak
-        self.memory, self.is_lean = self._leaner(here, between)
+        self.memory = self._leaner(here, between)
         self.joint = joint = self.memory.joint
         self.seconds = {n: costs.seconds(n) for n in joint.forward_nodes()}
         backward = sum(map(costs.seconds, joint.backward_nodes()))
@@ -91,21 +92,29 @@ class Planner:
             except PolicyError:
                 continue  # it has no layers of this kind
 
-    def _leaner(self, here: bool, between: int) -> tuple[Memory, bool]:
-        """The memory of the graph made lean, unless it needs more, whether all is saved or nothing.
+    def _leaner(self, here: bool, between: int) -> Memory:
+        """The memory of the graph made lean, as far as it does not need more for that.
 
-        Where gradients are larger than activations, computing them first may cost more than it
-        frees.
+        Two calls for a convolution may take more workspace than one. And where gradients are larger
+        than activations, computing them first may cost more than it frees.
         """
-        memory = Memory(lean(self._given), workspaces=here, between=between)
+
+        def of(joint: Joint) -> Memory:
+            return Memory(joint, workspaces=here, between=between)
+
+        graphs = [lean(self._given, degree) for degree in (1, 2)]
+        memory = of(graphs[0])
         peak = memory.replay(memory.values).peak
+        if len(graphs[1].graph.nodes) > len(graphs[0].graph.nodes):
+            leanest = of(graphs[1])
+            most = leanest.replay(leanest.values).peak
+            if max(most - peak, leanest.fixed.peak - memory.fixed.peak) <= _LITTLE * peak:
+                memory, peak = leanest, most
         if peak <= self.eager_peak:
-            return memory, True
-        other = Memory(self._given, workspaces=here, between=between)
-        least, most = (other.replay(saved).peak for saved in ((), other.values))
-        if most < peak and least <= memory.replay(()).peak:
-            return other, False
-        return memory, True
+            return memory
+        plain = of(self._given)
+        least, most = (plain.replay(saved).peak for saved in ((), plain.values))
+        return plain if most < peak and least <= memory.replay(()).peak else memory
 
     def strategy(self, decide: Callable[[Joint], Collection[Node]]) -> tuple[int, float]:
         """What a policy comes to by itself, with none of what plans do besides.
@@ -187,7 +196,7 @@ class Planner:
             bound,
             self._costs.device.name,
             fingerprint(self._given),
-            self.is_lean,
+            self.joint.lean,
             _names(forward, choice.saved),
             _names(forward, choice.transient),
             _names(forward, choice.fleeting),
@@ -254,10 +263,11 @@ class WithinBudget:
         here = are_here(costs, joint)
         eager = Memory(joint, workspaces=here, eager=True)
         budget = self.bytes_of(eager.replay(eager.values).peak)
-        memory = Memory(lean(joint), workspaces=here)
-        everything = Choice(frozenset(memory.values), joint=memory.joint)
+        memories = [Memory(lean(joint, degree), workspaces=here) for degree in (0, 1, 2)]
+        everything = Choice(frozenset(memories[1].values), joint=memories[1].joint)
         fitting: list[tuple[float, int, Choice]] = []
         for i, choice in enumerate((*choices, everything)):
+            memory = memories[choice.joint.lean if choice.joint else 0]
             replay = memory.replay(choice.of_graph(memory.joint))
             if replay.peak <= budget:
                 fitting.append((math.fsum(map(costs.seconds, replay.again)), i, choice))
@@ -287,7 +297,7 @@ class AsPlanned:
         """The values to save."""
         if self._plan.is_for(joint):
             self._fits = True
-            return self._plan.choice(lean(joint) if self._plan.lean else joint)
+            return self._plan.choice(lean(joint, self._plan.lean))
         if not self._fits:
             raise PolicyError(
                 "rewrite(..., plan=...): the plan was made for another graph: for another model, "

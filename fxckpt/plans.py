@@ -65,7 +65,7 @@ class Plan:
         bound: Seconds that every plan within the budget takes at least.
         device: The name of the device whose speed is assumed.
         graph: The fingerprint of the graph that the plan is for.
-        lean: Whether what runs is that graph as `lean` makes it.
+        lean: How much was done to that graph for what runs, see `lean`.
         saved: The values that are saved, in forward order.
         transient: Those that are let go in between, see `schedule`.
         fleeting: Those of them that do not stay between their readers either.
@@ -82,7 +82,7 @@ class Plan:
     bound: float
     device: str
     graph: str = dataclasses.field(repr=False)
-    lean: bool = dataclasses.field(repr=False)
+    lean: int = dataclasses.field(repr=False)
     saved: tuple[str, ...] = dataclasses.field(repr=False)
     transient: tuple[str, ...] = dataclasses.field(repr=False)
     fleeting: tuple[str, ...] = dataclasses.field(repr=False)

@@ -175,7 +175,8 @@ class Programs:
         given = self.tape.joint(self._expected, sizes)
         joint = program.joint
         if program.sizes != sizes:
-            joint = given if program.choice.joint is None else lean(given)
+            made = program.choice.joint
+            joint = given if made is None else lean(given, made.lean)
         return given, joint, program.choice.of_graph(joint)
 
     @functools.cached_property

@@ -32,6 +32,7 @@ from bench.models import build
 from fxckpt.joint import Joint
 from fxckpt.lean import can_be_imitated, lean
 from fxckpt.memory import Memory
+from fxckpt.planner import Planner
 from fxckpt.schedule import Choice
 
 aten = torch.ops.aten
@@ -161,7 +162,7 @@ def leanly(decide: Callable[[Joint], Any]) -> Callable[[Joint], Choice]:
     """A decision on the lean graph."""
 
     def decide_on(joint: Joint) -> Choice:
-        better = lean(joint)
+        better = lean(joint, 2)
         better.verify()
         choice = Choice.of(decide(better))
         return dataclasses.replace(choice, joint=better)
@@ -228,8 +229,20 @@ def test_convolution_whose_input_is_read_later_is_left_alone_if_it_is_small() ->
     model, x = rectified()
     new = fxckpt.rewrite(model, "everything", example_inputs=(x,))
     pooled_or_large = [[False, True, True], [True, False, False]]
-    masks = masks_of(lean(joint_of(new)))
+    masks = masks_of(lean(joint_of(new), 2))
     assert masks == [[True] * 3, *pooled_or_large, *pooled_or_large, [False, True, True]]
+
+
+@pytest.mark.parametrize("name", ["resnet", "unet"])
+def test_calls_that_take_more_workspace_are_not_made(name: str) -> None:
+    """On the CPU; what is read for its shape is copied there."""
+    case = build(name, tiny=True)
+    joint = joint_of(fxckpt.rewrite(case.model, "everything", example_inputs=case.batch(0)))
+    one, two = (Memory(lean(joint, degree), workspaces=True) for degree in (1, 2))
+    most = min(max(m.fixed.peak, m.replay(m.values).peak) for m in (one, two))
+    assert len(masks_of(one.joint)) < len(masks_of(two.joint))
+    chosen = Planner(joint).memory
+    assert max(chosen.fixed.peak, chosen.replay(chosen.values).peak) <= 1.001 * most
 
 
 def test_large_input_of_a_convolution_is_let_go_between_its_readers() -> None:

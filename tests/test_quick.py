@@ -43,7 +43,7 @@ def test_models(name: str) -> None:
     )
     assert_agrees(joint, 0, eager=True, outputs_held=False)
     assert_agrees(lean(joint), 1)
-    assert_agrees(lean(joint), 2, rounds=3, between=1 << 20)
+    assert_agrees(lean(joint, 2), 2, rounds=3, between=1 << 20)
 
 
 @given(
