@@ -22,6 +22,7 @@ from fxckpt.waiting import Waiting
 _NEAR, _FAR = 12, 40
 _MOST_CUTS, _MOST_ROUNDS = 6, 4  # moments that one round adds; with fewer rows a bound is lower
 _FEW, _MOST_NODES = 48, 30  # operations that run again, nodes of branching for a sharper bound
+_MOST_ENTRIES = 12_000  # of a matrix, for which whole numbers are found in a second or two
 _GAIN = 1.5e-2  # of the optimum, that a round has to bring for there to be another one
 # Of the budget: what may be over, and what a moment that binds has left.
 _TOLERANCE, _SLACK = 1e-4, 0.01
@@ -53,7 +54,8 @@ class Exact:
 
         Args:
             budget: Bytes.
-            whole: Without fractions; after some branching, what is found is returned.
+            whole: Without fractions; after some branching, what is found is returned. With
+                fractions after all where that would take long.
         """
         problem = self.problem
         if max(problem.forward.max(initial=0.0), problem.backward.max(initial=0.0)) > budget:
@@ -62,8 +64,11 @@ class Exact:
         for solver in (self._relaxed, self._branched) if whole else (self._relaxed,):
             before = 0.0
             for _ in range(_MOST_ROUNDS):
-                matrix, bounds, objective = self._assembled(budget)
-                found = solver(matrix, bounds, objective)
+                program = self._assembled(budget)
+                if solver == self._branched and program[0].nnz > _MOST_ENTRIES:
+                    whole = False
+                    break
+                found, matrix, bounds = solver(*program), *program[:2]
                 if found.x is None:
                     return None
                 gains = found.fun > (1 + _GAIN) * before

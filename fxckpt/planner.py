@@ -156,6 +156,11 @@ class Planner:
             raise self._error(budget)
         return self._plan(budget, found)
 
+    def fits(self, budget: int) -> bool:
+        """Whether a budget of bytes is enough for the plan that needs least."""
+        found = self._search.best(budget)
+        return found is not None or self._search.least.peak <= budget
+
     def least(self) -> Plan:
         """The plan that needs least of those that are found."""
         found = self._search.least

@@ -143,19 +143,19 @@ def fit_batch(
         raise BudgetError(f"fit_batch(..., memory={memory!r}): expected bytes, such as '8GiB'")
     budget = parse_budget(memory)(0)
 
-    def fitted(size: int) -> Fit:
+    def planner(size: int) -> Planner:
         joint = _captured(model, *_made(make_batch, size, model))
-        return Fit(size, Planner(joint, device=device, seconds=planning_seconds).plan(budget))
+        return Planner(joint, device=device, seconds=planning_seconds)
 
-    fit, too_large = fitted(1), most + 1
-    while too_large - fit.batch > 1:
-        doubled = 2 * fit.batch
-        size = doubled if doubled < too_large == most + 1 else (fit.batch + too_large) // 2
-        try:
-            fit = fitted(size)
-        except BudgetError:
+    batch, fitting, too_large = 1, planner(1), most + 1
+    while fitting.fits(budget) and too_large - batch > 1:
+        doubled = 2 * batch
+        size = doubled if doubled < too_large == most + 1 else (batch + too_large) // 2
+        if (other := planner(size)).fits(budget):
+            batch, fitting = size, other
+        else:
             too_large = size
-    return fit
+    return Fit(batch, fitting.plan(budget))
 
 
 def _made(

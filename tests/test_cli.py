@@ -61,7 +61,7 @@ def test_plan(run, tmp_path: Path) -> None:
     assert "a100 has 79.1 GiB" in out
     assert "making" in err
     assert "planning" in err
-    assert json.loads(path.read_text())["schema"] == 1
+    assert json.loads(path.read_text())["schema"] == 2
     assert run("plan", *CHAIN, *FAST, "--quiet")[0::2] == (0, "")
 
 
