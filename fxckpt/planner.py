@@ -268,7 +268,8 @@ class WithinBudget:
         here = are_here(costs, joint)
         eager = Memory(joint, workspaces=here, eager=True)
         budget = self.bytes_of(eager.replay(eager.values).peak)
-        memories = [Memory(lean(joint, degree), workspaces=here) for degree in (0, 1, 2)]
+        degrees = {choice.joint.lean if choice.joint else 0 for choice in choices} | {1}
+        memories = {d: Memory(lean(joint, d), workspaces=here) for d in degrees}
         everything = Choice(frozenset(memories[1].values), joint=memories[1].joint)
         fitting: list[tuple[float, int, Choice]] = []
         for i, choice in enumerate((*choices, everything)):

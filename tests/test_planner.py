@@ -119,6 +119,19 @@ def test_longer_chains_raise_the_bound() -> None:
     assert near < deep
 
 
+def test_large_programs_are_solved_with_fractions() -> None:
+    """Looking for whole numbers could take minutes; the optimum with fractions is what there is."""
+    planner = Planner(deep_chain(), device="v100")
+    budget = (planner.least().peak + planner.eager_peak) // 2
+    fractions = exact.Exact(planner._search._problem).solve(budget)
+    with mock.patch.object(exact, "_MOST_ENTRIES", 0), mock.patch.object(exact, "milp") as whole:
+        found = exact.Exact(planner._search._problem).solve(budget, whole=True)
+    assert not whole.called
+    assert fractions is not None
+    assert found is not None
+    assert found.seconds == fractions.seconds > 0
+
+
 def test_values_of_equal_layers_have_equal_roles() -> None:
     planner = Planner(deep_chain(), device="v100")
     roles = dict(zip(planner.memory.values, planner._search._problem.roles(), strict=True))
