@@ -102,6 +102,30 @@ def assert_bounds(joint: Joint) -> None:
         planner.plan(min(peak for peak, _ in decisions) - 1)
 
 
+def test_bound_knows_that_results_take_the_place_of_what_is_let_go() -> None:
+    """Where it is read, not for the last time, and made once more for later readers."""
+
+    def forward(m: Function, x: Tensor) -> Tensor:
+        v = (x * m.weight).exp()
+        return (v * m.a).sin().sum() + (v * m.b).cos().sum()
+
+    model, x = Function(forward, WIDTH), torch.ones(ROWS, WIDTH)
+    model.weight, model.a, model.b = (nn.Parameter(torch.ones(ROWS, WIDTH)) for _ in range(3))
+    joint = joint_of(fxckpt.rewrite(model, "nothing", strict=True, example_inputs=(x,)))
+    with mock.patch.object(search, "_LARGE", 0.0):
+        planner = Planner(joint, device="v100")
+    large = [v for v in planner.memory.values if v.name.startswith(("mul", "exp"))]
+    replays = [
+        planner.memory.replay(choice_of(dict(zip(large, kinds, strict=True))))
+        for kinds in itertools.product(KINDS, repeat=len(large))
+    ]
+    decisions = [(r.peak, sum(planner.seconds[n] for n in r.again)) for r in replays]
+    for budget in {peak for peak, _ in decisions}:
+        bound = planner._search.bound(budget)
+        assert bound is not None
+        assert bound <= min(s for peak, s in decisions if peak <= budget) * (1 + 1e-6)
+
+
 def bounds_of(planner: Planner, budget: int) -> tuple[float, float]:
     """The bound of a budget, and the one that follows longer chains."""
     program = planner._search._bounds
