@@ -8,6 +8,9 @@ For plans (see `planner`): what eager runs stays what policies and eager's own p
                         that can die in between, or, if they are among the largest, be let go.
     masks of what is    What ReLU gave to max-pooling is differentiated by the pooled values, which
     pooled              are smaller: the elements that were not the largest get no gradient anyway.
+    sides of limits     ReLU6 and its like are differentiated by which side of a limit their operand is
+                        on. Their result is on the same, and is there anyway where a convolution
+                        reads it; in place, eager keeps a copy of the operand for nothing else.
     shapes alone        Some operations of backward take an operand for its shape. They get memory
                         of one element that looks like it, and nobody keeps the operand for them.
 
@@ -51,6 +54,9 @@ def lean(joint: Joint, degree: int = 1) -> Joint:
     for node in [*new.backward_nodes()]:
         if (pooling := _pooled_alone(new, node)) is not None:
             _mask_before_pooling(node, *pooling)
+    for node in [*new.backward_nodes()]:
+        if (result := _of_the_same_side(node)) is not None:
+            _read_instead(node, result)
     for node in [*new.backward_nodes()]:
         for position in ops.read_for_shape(node):
             _imitate(node, position)
@@ -220,6 +226,51 @@ def _mask_before_pooling(node: Node, gradient: Node, pooled: Node) -> None:
     gradient.update_arg(0, made)
     node.replace_all_uses_with(gradient)
     node.graph.erase_node(node)
+
+
+# --- sides of limits -----------------------------------------------------------------------------
+
+# Backward, of the gradient, the operand and constants: forward, of the operand and constants.
+_BY_SIDE = {
+    aten.hardtanh_backward.default: (aten.hardtanh.default, aten.hardtanh_.default),
+    aten.leaky_relu_backward.default: (aten.leaky_relu.default, aten.leaky_relu_.default),
+}
+
+
+def _of_the_same_side(node: Node) -> Node | None:
+    """The result of what a node differentiates, if backward may read it in the operand's place."""
+    makers = _BY_SIDE.get(node.target)
+    if makers is None or not _keeps_sides(node):
+        return None
+    x: Any = node.args[1]
+    copied: Any = x.args[0] if x.target is aten.clone.default else x
+    for result in dict.fromkeys((*x.users, *copied.users)):
+        made_of_it = ops.operation(result) in makers and ops.op_arguments(result)[0] in (x, copied)
+        whole = result.target is not ops.inplace or result.args[1][0][1] is None
+        if made_of_it and whole and _geometry(result) == _geometry(x):
+            others = {n for n in result.users if n.meta.get("phase") == "backward"}
+            return result if others or x is not copied else None
+    return None
+
+
+def _keeps_sides(node: Node) -> bool:
+    """Whether no rounding takes a result across a limit; NaN stays NaN."""
+    limits: list[Any] = [*node.args[2:4]]
+    if any(isinstance(limit, Node) for limit in limits):
+        return False
+    if node.target is aten.leaky_relu_backward.default:
+        return bool(limits[0] >= 0)
+    exact = torch.tensor(limits, dtype=torch.float64)
+    dtype = node.meta["val"].dtype
+    return limits[0] < limits[1] and torch.equal(exact.to(dtype).to(torch.float64), exact)
+
+
+def _read_instead(node: Node, result: Node) -> None:
+    """Gives an operation a result instead of the operand, and ends what was kept for it alone."""
+    x: Any = node.args[1]
+    node.update_arg(1, result)
+    if x.target is aten.clone.default and not x.users:
+        node.graph.erase_node(x)
 
 
 # --- shapes alone ---------------------------------------------------------------------------------

@@ -122,6 +122,45 @@ def test_thresholds_before_or_after_pooling_give_the_same_bits(
     assert content(before) == content(after)
 
 
+LIMITS = [(0.0, 6.0), (-1.0, 1.0), (-0.1, 0.3), (1e-30, 1.0), (2.0, 2.0)]
+SIDED: dict[str, Callable[..., Tensor]] = {"hardtanh": F.hardtanh, "leaky_relu": F.leaky_relu}
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@given(st.sampled_from(sorted(SIDED)), st.sampled_from(LIMITS), st.booleans())
+def test_sides_of_limits_are_told_by_results(
+    inplace: bool, dtype: torch.dtype, name: str, limits: tuple[float, float], alone: bool
+) -> None:
+    """Unless rounding could take a result to the other side, or backward would read one more."""
+    options = limits if name == "hardtanh" else limits[:1]
+    assume(not inplace or name == "hardtanh" or limits[0] >= 0)  # torch refuses the others
+
+    def forward(m: Function, x: Tensor) -> Tensor:
+        y = SIDED[name](x * m.weight.view(-1), *options, inplace=inplace)
+        return y + 1 if alone else y * y
+
+    special = torch.tensor([*limits, 0.0, torch.inf, torch.nan, torch.finfo(dtype).tiny]).to(dtype)
+    beside = [torch.nextafter(special, torch.full_like(special, far)) for far in (-1e4, 1e4)]
+    x = torch.cat([special, -special, *beside, torch.linspace(-9, 9, 9).to(dtype)])
+    ours = decided(Function(forward, width=1).to(dtype), leanly(everything))
+    plain = Function(forward, width=1).to(dtype)
+    gradients = []
+    for model in (plain, ours):
+        nn.init.ones_(model.weight)
+        given_ = x.clone().requires_grad_()
+        total(model(given_)).backward()
+        gradients.append((content(model.weight.grad), content(given_.grad)))
+    assert gradients[0] == gradients[1]
+    [node] = [n for n in joint_of(ours).backward_nodes() if name in str(n.target)]
+    read: Any = node.args[1]
+    exact = all(torch.tensor(each, dtype=dtype).item() == each for each in limits)
+    apart = limits[0] < limits[1] and exact if name == "hardtanh" else limits[0] >= 0
+    copied = inplace and name == "hardtanh"  # by eager, which keeps the copy
+    assert (name in read.name) == (apart and (copied or not alone) or (inplace and not copied))
+    assert not apart or "clone" not in {n.name for n in joint_of(ours).forward_nodes()}
+
+
 POOLS: dict[str, Callable[[Tensor], Tensor]] = {
     "max_pool": lambda x: F.max_pool2d(x, 2),
     "avg_pool": lambda x: F.avg_pool2d(x, 3, 2, 1),
