@@ -27,6 +27,7 @@ from torch import nn
 from fxckpt import levels
 from fxckpt.arguments import Call
 from fxckpt.budgeting import Budgeting
+from fxckpt.budgets import WithinBudget
 from fxckpt.capture import is_capturing
 from fxckpt.captures import Captures, Options
 from fxckpt.errors import BudgetError, CaptureError, FallbackWarning, FxckptError, PolicyError
@@ -34,7 +35,6 @@ from fxckpt.installation import exchange, installed, original_class, original_fo
 from fxckpt.kin import Kin
 from fxckpt.parts import CastOnce, Parts, has_forward, is_composed
 from fxckpt.places import Position, stack_level_of_user
-from fxckpt.planner import WithinBudget
 from fxckpt.runtime import Captured
 from fxckpt.selectors import is_below, listed
 from fxckpt.unit import Unit, is_traced, run_traced, run_within

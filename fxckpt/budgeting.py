@@ -19,13 +19,14 @@ from torch import nn
 
 from fxckpt import signature
 from fxckpt.arguments import Call
+from fxckpt.budgets import WithinBudget
 from fxckpt.composition import OUTSIDE, Composition, Option
 from fxckpt.errors import BudgetError, CaptureError, FallbackWarning
 from fxckpt.first_run import Misfit
 from fxckpt.memory import Memory
 from fxckpt.menu import Entry, Menu
 from fxckpt.places import stack_level_of_user
-from fxckpt.planner import WithinBudget, are_here, costs_of
+from fxckpt.planner import are_here, costs_of
 from fxckpt.quantities import readable
 from fxckpt.replay import Needs
 from fxckpt.runtime import Captured

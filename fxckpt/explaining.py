@@ -16,6 +16,7 @@ from fxckpt.account import AS_IT_IS, Account, Input, Row
 from fxckpt.accounting import Circumstances, Subject, account_of
 from fxckpt.arguments import Call
 from fxckpt.blocks import Blocks
+from fxckpt.budgets import parse_budget
 from fxckpt.capture import capture
 from fxckpt.errors import CaptureError, FxckptError
 from fxckpt.functional import Called, is_checkpointed, module_of
@@ -23,7 +24,7 @@ from fxckpt.installation import installed, original_forward, runner_of
 from fxckpt.joint import Joint
 from fxckpt.module import rewrite
 from fxckpt.nests import with_nests
-from fxckpt.planner import AnyDevice, Planner, parse_budget
+from fxckpt.planner import AnyDevice, Planner
 from fxckpt.quantities import readable
 from fxckpt.report import Report
 from fxckpt.runtime import Captured
@@ -205,7 +206,8 @@ def _of_plain(
         planner = Planner(joint, device=device, seconds=planning_seconds)
         plan = planner.plan(bytes_of(planner.eager_peak))
         how = f"budget {readable(plan.budget)}"
-        return Subject(joint, planner.joint, plan.choice(planner.joint), how, plan)
+        runs = planner.graph_of(plan)
+        return Subject(joint, runs, plan.choice(runs), how, plan)
     if decide is None:
         everything = Choice.of({value.node for value in joint.values()})
         return Subject(joint, joint, everything, AS_IT_IS)

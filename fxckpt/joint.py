@@ -82,7 +82,7 @@ class Joint:
     position: Position = ROOT
     symbols: tuple[str, ...] = ()  # names in arguments, see `symbols`
     sizes: tuple[int, ...] = ()  # what these are in the call that it has the shapes of
-    lean: int = 0  # how much was done for less memory, see `lean`
+    lean: int = 0  # what was done for less memory, see `lean`
 
     def forward_nodes(self) -> Iterator[Node]:
         """The operations of the forward phase, in execution order."""

@@ -78,11 +78,13 @@ class Menu:
         for share, count in _LINES:
             between = int(share * max(self.eager))
             planner = Planner(joint, profile=profile, seconds=each, between=between)
-            memory = Memory(planner.joint, workspaces=here)
             self.seconds = planner.step_seconds
+            memories: dict[int, Memory] = {}
             for choice, again in planner.choices(count):
-                choice = dataclasses.replace(choice, joint=planner.joint)
-                found.append(Entry(joint, choice, memory.needs(choice), again))
+                graph = choice.joint or joint
+                if graph.lean not in memories:
+                    memories[graph.lean] = Memory(graph, workspaces=here)
+                found.append(Entry(joint, choice, memories[graph.lean].needs(choice), again))
         self.entries = [*_front(found)]
 
 

@@ -11,10 +11,10 @@ from torch.fx import GraphModule
 
 from fxckpt import policies
 from fxckpt.blocks import Blocks, Undecided, Units
+from fxckpt.budgets import AsPlanned, WithinBudget
 from fxckpt.captures import Options
 from fxckpt.errors import BudgetError, FxckptError, PolicyError
 from fxckpt.installation import install, installed, runner_of, twin, uninstall
-from fxckpt.planner import AsPlanned, WithinBudget
 from fxckpt.plans import Plan
 from fxckpt.programs import Decide
 from fxckpt.unit import Unit

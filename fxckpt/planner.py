@@ -7,10 +7,9 @@ given out whose replay needs more than the budget.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 from torch.fx import Node
@@ -19,23 +18,22 @@ from fxckpt import ops, policies
 from fxckpt.cost import Costs, profiled
 from fxckpt.errors import BudgetError, PolicyError
 from fxckpt.joint import Joint
-from fxckpt.lean import lean
-from fxckpt.levels import samples
+from fxckpt.lean import Lean, lean
 from fxckpt.memory import Memory
-from fxckpt.places import ROOT
 from fxckpt.plans import Holding, Plan, Step, fingerprint
-from fxckpt.quantities import parse_bytes, readable
+from fxckpt.quantities import readable
 from fxckpt.rates import DEVICES, Device, measured
 from fxckpt.schedule import Choice
 from fxckpt.search import Found, Search
+from fxckpt.slices import what_waits
 from fxckpt.usual import STRATEGIES, Usual, usual
 
 AnyDevice = Device | torch.device | str | None
 _SECONDS_OF_REPLAY = 2e-6  # for each node of a graph, about
 _SECONDS_OF_EXACT = 0.75  # for each exact solution, about
-_PLANS_KEPT = 32  # for reports
 _PARTS = 32  # see `Search.front`
 _LITTLE = 1e-3  # of the peak, that a leaner graph may need more
+_BEHIND = 1.1  # times what is best: how far a graph may be behind another one
 _SHARE, _SHARE_OF_EXACT = 0.05, 0.2  # of the seconds for planning: replays, exact solutions
 
 
@@ -52,9 +50,9 @@ class Planner:
         between: See `Memory`.
 
     Attributes:
-        joint: The graph that plans are made for: the one that was given, as a rule made lean.
-        memory: Of that graph.
-        seconds: What each forward operation takes.
+        memory: Of the graph that plans are made for: the one that was given, as a rule made lean.
+            Where that can help, there is a second one, see `slices`.
+        seconds: What each forward operation of the first takes.
         eager_peak: Bytes that live at most in the step of the model as it is.
         step_seconds: What forward and backward take if nothing runs again.
     """
@@ -70,49 +68,64 @@ class Planner:
     ) -> None:
         costs = costs_of(joint, device, profile)
         here = are_here(costs, joint)
-        self._given, self._costs = joint, costs
+        self._given, self._costs, self._here, self._between = joint, costs, here, between
         self._eager = Memory(joint, workspaces=here, eager=True)
         self.eager_peak = self._eager.replay(self._eager.values).peak
-        self.memory = self._leaner(here, between)
-        self.joint = joint = self.memory.joint
-        self.seconds = {n: costs.seconds(n) for n in joint.forward_nodes()}
-        backward = sum(map(costs.seconds, joint.backward_nodes()))
-        self.step_seconds = sum(self.seconds.values()) + backward
+        self.memory = self._leaner()
+        self.seconds = {n: costs.seconds(n) for n in self.memory.joint.forward_nodes()}
+        self.step_seconds = sum(self.seconds.values()) + self._backward(self.memory.joint)
+        self._searches = [self._searched(memory, seconds) for memory in self._memories()]
+
+    def _memories(self) -> Iterator[Memory]:
+        """Those of the graphs that plans are made for: of the ordinary one first."""
+        yield self.memory
+        joint = self.memory.joint
+        if joint.lean and next(what_waits(joint), None) is not None:
+            yield self._memory(lean(self._given, joint.lean | Lean.SLICES))
+
+    def _memory(self, joint: Joint) -> Memory:
+        return Memory(joint, workspaces=self._here, between=self._between)
+
+    def _backward(self, joint: Joint) -> float:
+        return sum(map(self._costs.seconds, joint.backward_nodes()))
+
+    def _searched(self, memory: Memory, seconds: float) -> Search:
+        """A search in one of the graphs that knows the simple strategies."""
+        joint = memory.joint
         one = _SECONDS_OF_REPLAY * max(len(joint.graph.nodes), 200)
-        replays, exact = (
-            max(int(_SHARE * seconds / one), 50),
-            int(_SHARE_OF_EXACT * seconds / _SECONDS_OF_EXACT),
+        search = Search(
+            memory,
+            {n: self._costs.seconds(n) for n in joint.forward_nodes()},
+            replays=max(int(_SHARE * seconds / one), 50),
+            exact=int(_SHARE_OF_EXACT * seconds / _SECONDS_OF_EXACT),
+            more=self._backward(joint) - self._backward(self.memory.joint),
         )
-        self._search = Search(self.memory, self.seconds, replays, exact)
-        self._everything = self._search.consider(self.memory.values)
-        self._search.consider(())
+        search.consider(memory.values)
+        search.consider(())
         for decide in policies.NAMES.values():
             try:
-                self._search.consider(decide(joint))
+                search.consider(decide(joint))
             except PolicyError:
                 continue  # it has no layers of this kind
+        return search
 
-    def _leaner(self, here: bool, between: int) -> Memory:
+    def _leaner(self) -> Memory:
         """The memory of the graph made lean, as far as it does not need more for that.
 
         Two calls for a convolution may take more workspace than one. And where gradients are larger
         than activations, computing them first may cost more than it frees.
         """
-
-        def of(joint: Joint) -> Memory:
-            return Memory(joint, workspaces=here, between=between)
-
-        graphs = [lean(self._given, degree) for degree in (1, 2)]
-        memory = of(graphs[0])
+        graphs = [lean(self._given, what) for what in (Lean.CHEAP, Lean.CHEAP | Lean.TWO_CALLS)]
+        memory = self._memory(graphs[0])
         peak = memory.replay(memory.values).peak
         if len(graphs[1].graph.nodes) > len(graphs[0].graph.nodes):
-            leanest = of(graphs[1])
+            leanest = self._memory(graphs[1])
             most = leanest.replay(leanest.values).peak
             if max(most - peak, leanest.fixed.peak - memory.fixed.peak) <= _LITTLE * peak:
                 memory, peak = leanest, most
         if peak <= self.eager_peak:
             return memory
-        plain = of(self._given)
+        plain = self._memory(self._given)
         least, most = (plain.replay(saved).peak for saved in ((), plain.values))
         return plain if most < peak and least <= memory.replay(()).peak else memory
 
@@ -149,30 +162,34 @@ class Planner:
         Raises:
             BudgetError: if none is found.
         """
-        if self.memory.fixed.peak <= budget < self._everything.peak:
-            self._search.look(budget)
-        found = self._search.best(budget)
+        self._look(budget)
+        found = self._best(budget)
         if found is None:
             raise self._error(budget)
-        return self._plan(budget, found)
+        return self._plan(budget, *found)
+
+    def graph_of(self, plan: Plan) -> Joint:
+        """The graph that a plan of this planner is for: one that was made lean, see `lean`."""
+        return next(s.memory.joint for s in self._searches if s.memory.joint.lean == plan.lean)
 
     def fits(self, budget: int) -> bool:
         """Whether a budget of bytes is enough for the plan that needs least."""
-        found = self._search.best(budget)
-        return found is not None or self._search.least.peak <= budget
+        return self._best(budget) is not None or any(
+            search.least.peak <= budget for search in self._searches
+        )
 
     def least(self) -> Plan:
         """The plan that needs least of those that are found."""
-        found = self._search.least
-        return self._plan(found.peak, found)
+        search, found = self._least()
+        return self._plan(found.peak, search, found)
 
     def frontier(self, points: int = 12) -> list[Plan]:
         """Plans for budgets from the least to the peak of eager, slowest first."""
-        low, high = self.least().peak, self.eager_peak
+        low, high = self._least()[1].peak, self.eager_peak
         budgets = [low + (high - low) * i // max(points - 1, 1) for i in range(points)]
-        for budget in budgets[:-1]:
-            self._search.look(budget)
-        return [self._plan(b, f) for b in budgets if (f := self._search.best(b)) is not None]
+        for budget in budgets:
+            self._look(budget)
+        return [self._plan(b, *found) for b in budgets if (found := self._best(b)) is not None]
 
     def choices(self, points: int) -> Iterator[tuple[Choice, float]]:
         """Decisions from the one that needs least to saving all, and what runs again, in seconds.
@@ -180,18 +197,42 @@ class Planner:
         Args:
             points: For how many budgets to look.
         """
-        low, high = self._search.least.peak, self._everything.peak
+        low, high = self._least()[1].peak, self.memory.replay(self.memory.values).peak
         for i in range(points):
-            self._search.look(low + (high - low) * i // points)
-        for found in self._search.front(_PARTS):
-            yield self._search.choice(found.decision), found.seconds
+            self._look(low + (high - low) * i // points)
+        for search in self._searches:
+            for found in search.front(_PARTS):
+                yield self._choice(search, found), found.seconds
 
-    def _plan(self, budget: int, found: Found) -> Plan:
-        choice = self._search.choice(found.decision)
-        replay = self.memory.replay(choice)
+    def _look(self, budget: int) -> None:
+        """Looks for plans in each graph, as long as what is found there is not far behind."""
+        looks = {search: search.look(budget) for search in self._searches}
+        while looks:
+            looks = {s: look for s, look in looks.items() if next(look, s) is not s}
+            best = self._best(budget)
+            if best is not None:
+                most = _BEHIND * best[1].seconds
+                looks = {s: look for s, look in looks.items() if s.is_below(most, budget)}
+
+    def _best(self, budget: int) -> tuple[Search, Found] | None:
+        found = [(search, f) for search in self._searches if (f := search.best(budget)) is not None]
+        return min(found, key=lambda each: (each[1].seconds, each[1].peak), default=None)
+
+    def _least(self) -> tuple[Search, Found]:
+        found = [(search, search.least) for search in self._searches]
+        return min(found, key=lambda each: (each[1].peak, each[1].seconds))
+
+    def _choice(self, search: Search, found: Found) -> Choice:
+        choice = search.choice(found.decision)
+        return dataclasses.replace(choice, joint=search.memory.joint)
+
+    def _plan(self, budget: int, search: Search, found: Found) -> Plan:
+        choice = self._choice(search, found)
+        replay = search.memory.replay(choice)
+        bounds = [b for each in self._searches if (b := each.bound(budget)) is not None]
         # A plan is at most as good as the bound; where it is better by rounding, it is the bound.
-        bound = min(self._search.bound(budget) or 0.0, found.seconds)
-        forward = [*self.joint.forward_nodes()]
+        bound = min(*bounds, found.seconds) if bounds else 0.0
+        forward = [*search.memory.joint.forward_nodes()]
         return Plan(
             budget,
             found.peak,
@@ -201,7 +242,7 @@ class Planner:
             bound,
             self._costs.device.name,
             fingerprint(self._given),
-            self.joint.lean,
+            search.memory.joint.lean,
             _names(forward, choice.saved),
             _names(forward, choice.transient),
             _names(forward, choice.fleeting),
@@ -211,8 +252,8 @@ class Planner:
         )
 
     def _error(self, budget: int) -> BudgetError:
-        least = self._search.least
-        largest = self.memory.replay(self._search.choice(least.decision)).at_peak()[:5]
+        search, least = self._least()
+        largest = search.memory.replay(self._choice(search, least)).at_peak()[:5]
         values = ", ".join(
             f"{node.name} ({_path(node) or 'the root'}, {readable(size)})" for node, size in largest
         )
@@ -222,131 +263,6 @@ class Planner:
             f"{readable(self.eager_peak)}). There, these values fill memory: {values}. Give at "
             "least that much, or make the batch smaller"
         )
-
-
-class WithinBudget:
-    """Decides what to save by a budget, as a policy does: from a joint graph to the values.
-
-    Parts of a model that cannot be captured as a whole have no budget of their own: of them, as
-    little as possible is saved. Under `vmap`, the budget is that of all samples together.
-
-    Args:
-        budget: See `fxckpt.rewrite`.
-        seconds: For planning.
-        profile: See `Planner`.
-
-    Raises:
-        BudgetError: if the budget is none. When called, if no plan fits.
-    """
-
-    def __init__(self, budget: Any, seconds: float, *, profile: bool = False) -> None:
-        self.bytes_of, self.seconds, self.profile = parse_budget(budget), seconds, profile
-        self._plans: OrderedDict[str, Plan] = OrderedDict()  # the latest, by graph
-
-    def __call__(self, joint: Joint) -> Choice:
-        """The values to save."""
-        if joint.position != ROOT:
-            return Choice(frozenset())
-        planner, count = Planner(joint, profile=self.profile, seconds=self.seconds), samples()
-        plan = planner.plan(self.bytes_of(count * planner.eager_peak) // count)
-        self._plans[plan.graph] = plan
-        if len(self._plans) > _PLANS_KEPT:
-            self._plans.popitem(last=False)
-        return plan.choice(planner.joint)
-
-    def adapted(self, joint: Joint, choices: Sequence[Choice]) -> Choice:
-        """What to save in a call of other sizes than those that some choices were made for.
-
-        The fastest of these choices that fits the budget in this graph, or all values, if these
-        fit; else what is planned anew.
-
-        Args:
-            joint: The graph, with the shapes of the call.
-            choices: Decisions for the same operations.
-        """
-        costs = costs_of(joint)
-        here = are_here(costs, joint)
-        eager = Memory(joint, workspaces=here, eager=True)
-        budget = self.bytes_of(eager.replay(eager.values).peak)
-        degrees = {choice.joint.lean if choice.joint else 0 for choice in choices} | {1}
-        memories = {d: Memory(lean(joint, d), workspaces=here) for d in degrees}
-        everything = Choice(frozenset(memories[1].values), joint=memories[1].joint)
-        fitting: list[tuple[float, int, Choice]] = []
-        for i, choice in enumerate((*choices, everything)):
-            memory = memories[choice.joint.lean if choice.joint else 0]
-            replay = memory.replay(choice.of_graph(memory.joint))
-            if replay.peak <= budget:
-                fitting.append((math.fsum(map(costs.seconds, replay.again)), i, choice))
-        return min(fitting)[2] if fitting else self(joint)
-
-    def plan_of(self, joint: Joint) -> Plan | None:
-        """The plan that was made for a graph, if it was one of the latest."""
-        return self._plans.get(fingerprint(joint))
-
-
-class AsPlanned:
-    """Decides as a plan says; other graphs than its own get plans for the same budget.
-
-    Args:
-        plan: The plan.
-        others: What decides on graphs that come after that of the plan, such as that of a last
-            batch that is smaller.
-
-    Raises:
-        PolicyError: when called, if the plan was made for another graph than the first.
-    """
-
-    def __init__(self, plan: Plan, others: WithinBudget) -> None:
-        self._plan, self._others, self._fits = plan, others, False
-
-    def __call__(self, joint: Joint) -> Choice:
-        """The values to save."""
-        if self._plan.is_for(joint):
-            self._fits = True
-            return self._plan.choice(lean(joint, self._plan.lean))
-        if not self._fits:
-            raise PolicyError(
-                "rewrite(..., plan=...): the plan was made for another graph: for another model, "
-                "other shapes or dtypes of the arguments, another kind of device, another version "
-                "of torch. Make one for this call with fxckpt.plan"
-            )
-        return self._others(joint)
-
-    def adapted(self, joint: Joint, choices: Sequence[Choice]) -> Choice:
-        """What to save in a call of other sizes, see `WithinBudget`."""
-        if self._plan.is_for(joint):
-            return self(joint)
-        return self._others.adapted(joint, choices)
-
-    def plan_of(self, joint: Joint) -> Plan | None:
-        """The plan for a graph, see `WithinBudget`."""
-        return self._plan if self._plan.is_for(joint) else self._others.plan_of(joint)
-
-
-def parse_budget(budget: Any) -> Callable[[int], int]:
-    """From the peak of the model as it is to the bytes that a budget means.
-
-    Args:
-        budget: Bytes, `"8GiB"` or `"500 MB"`, or a float: a fraction of the peak.
-
-    Raises:
-        BudgetError: if it is none of these.
-
-    Example:
-        >>> parse_budget("1.5 KiB")(0), parse_budget("2MB")(0), parse_budget(0.5)(100)
-        (1536, 2000000, 50)
-    """
-    if isinstance(budget, float) and 0 < budget <= 1:
-        fraction = budget
-        return lambda peak: int(fraction * peak)
-    size = parse_bytes(budget)
-    if size is None:
-        raise BudgetError(
-            f"budget={budget!r}: expected a positive number of bytes (int), a string such as "
-            "'8GiB' or '500MB', or a fraction of the step's peak (float, above 0, at most 1)"
-        )
-    fixed = size
-    return lambda peak: fixed
 
 
 def _path(node: Node) -> str:

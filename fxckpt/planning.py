@@ -10,12 +10,13 @@ import torch
 from torch import nn
 from torch._guards import detect_fake_mode
 
+from fxckpt.budgets import parse_budget
 from fxckpt.capture import capture
 from fxckpt.errors import BudgetError, FxckptError
 from fxckpt.frontiers import Frontier
 from fxckpt.installation import original_forward
 from fxckpt.joint import Joint
-from fxckpt.planner import AnyDevice, Planner, parse_budget
+from fxckpt.planner import AnyDevice, Planner
 from fxckpt.plans import Plan
 from fxckpt.plotting import Spot
 

@@ -25,7 +25,7 @@ from fxckpt.joint import Joint
 from fxckpt.schedule import Choice
 from fxckpt.symbols import plain
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 class Step(NamedTuple):
@@ -65,7 +65,7 @@ class Plan:
         bound: Seconds that every plan within the budget takes at least.
         device: The name of the device whose speed is assumed.
         graph: The fingerprint of the graph that the plan is for.
-        lean: How much was done to that graph for what runs, see `lean`.
+        lean: What was done to that graph for what runs, see `lean`.
         saved: The values that are saved, in forward order.
         transient: Those that are let go in between, see `schedule`.
         fleeting: Those of them that do not stay between their readers either.

@@ -77,12 +77,18 @@ class Search:
         seconds: What each forward operation takes.
         replays: How many a call may make, about.
         exact: How many exact solutions it may look at (see `exact`), of small graphs.
+        more: Seconds that are added to what runs again: what this graph takes longer than others.
     """
 
     def __init__(
-        self, memory: Memory, seconds: dict[Node, float], replays: int, exact: int
+        self,
+        memory: Memory,
+        seconds: dict[Node, float],
+        replays: int,
+        exact: int,
+        more: float = 0.0,
     ) -> None:
-        self.memory, self._seconds, self._replays = memory, seconds, replays
+        self.memory, self._seconds, self._replays, self._more = memory, seconds, replays, more
         self._solutions = exact if len(memory.values) <= _FEW else 0
         self._problem = problem_of(memory, seconds)
         self._breakable = {*self._problem.breakable()}
@@ -106,13 +112,18 @@ class Search:
         """Seconds that every decision within a budget takes at least; None if none fits."""
         if budget not in self._bound_of:
             solution = self._bounds.solve(budget)
-            self._bound_of[budget] = None if solution is None else solution.seconds
+            self._bound_of[budget] = None if solution is None else solution.seconds + self._more
         return self._bound_of[budget]
 
     def best(self, budget: float) -> Found | None:
         """The fastest that is known to fit; of those, the one that needs least."""
         fitting = (f for f in self._pool.values() if f.peak <= budget)
         return min(fitting, key=lambda f: (f.seconds, f.peak), default=None)
+
+    def is_below(self, seconds: float, budget: float) -> bool:
+        """Whether the fastest that is known to fit takes less."""
+        known = self.best(budget)
+        return known is not None and known.seconds <= seconds
 
     def front(self, parts: int) -> list[Found]:
         """The known decisions of which none other keeps less, needs less and is as fast, too.
@@ -152,8 +163,8 @@ class Search:
 
     # -- looking for more
 
-    def look(self, budget: float) -> None:
-        """Looks for decisions within a budget, until one is near the bound."""
+    def look(self, budget: float) -> Iterator[None]:
+        """Looks for decisions within a budget, until one is near the bound; pauses between ways."""
         if self.bound(budget) is None:
             return
         for look, near in (
@@ -168,9 +179,11 @@ class Search:
                 self._fill(known, budget)
             if not self._is_poor(budget, near) or self._is_hopeless(budget):
                 return
+            yield
         self._left = self._replays
         if self._is_poor(budget, _POOR):
             self._look_from_below(budget)
+        yield
         self._left = self._replays * (_EXCHANGES if self._is_poor(budget, _POOR) else 1)
         if self._is_poor(budget, _GOOD):
             self._exchange(budget)
@@ -183,6 +196,7 @@ class Search:
             if self._is_poor(budget, _BEST):
                 self._sharpened.add(budget)
                 if (seconds := sharpen(budget)) is not None:
+                    seconds += self._more
                     self._bound_of[budget] = max(self._bound_of[budget] or 0.0, seconds)
 
     def _is_hopeless(self, budget: float) -> bool:
@@ -320,7 +334,8 @@ class Search:
             count = self._count(decision)
             kept = int(count.live[count.ahead - 1]) if count.ahead else 0
             back = int(count.live[count.ahead :].max(initial=0))
-            self._pool[key] = Found(decision, count.peak, count.seconds, count.live, kept, back)
+            seconds = count.seconds + self._more
+            self._pool[key] = Found(decision, count.peak, seconds, count.live, kept, back)
         return self._pool[key]
 
     def _count(self, decision: Decision) -> Count:

@@ -13,6 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fxckpt import cli, targets
+from fxckpt.plans import SCHEMA
 from fxckpt.targets import Sizes, TargetError
 
 SMALL = ["--set", "n_layer=2", "--set", "n_embd=64", "--set", "n_head=2", "--seq", "32"]
@@ -61,7 +62,7 @@ def test_plan(run, tmp_path: Path) -> None:
     assert "a100 has 79.1 GiB" in out
     assert "making" in err
     assert "planning" in err
-    assert json.loads(path.read_text())["schema"] == 2
+    assert json.loads(path.read_text())["schema"] == SCHEMA
     assert run("plan", *CHAIN, *FAST, "--quiet")[0::2] == (0, "")
 
 

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 import fxckpt
 from bench.models import build
 from fxckpt.joint import Joint
-from fxckpt.lean import can_be_imitated, lean
+from fxckpt.lean import Lean, can_be_imitated, lean
 from fxckpt.memory import Memory
 from fxckpt.planner import Planner
 from fxckpt.schedule import Choice
@@ -157,7 +157,7 @@ def test_sides_of_limits_are_told_by_results(
     exact = all(torch.tensor(each, dtype=dtype).item() == each for each in limits)
     apart = limits[0] < limits[1] and exact if name == "hardtanh" else limits[0] >= 0
     copied = inplace and name == "hardtanh"  # by eager, which keeps the copy
-    assert (name in read.name) == (apart and (copied or not alone) or (inplace and not copied))
+    assert (name in read.name) == ((apart and (copied or not alone)) or (inplace and not copied))
     assert not apart or "clone" not in {n.name for n in joint_of(ours).forward_nodes()}
 
 
@@ -201,7 +201,7 @@ def leanly(decide: Callable[[Joint], Any]) -> Callable[[Joint], Choice]:
     """A decision on the lean graph."""
 
     def decide_on(joint: Joint) -> Choice:
-        better = lean(joint, 2)
+        better = lean(joint, ~Lean(0))
         better.verify()
         choice = Choice.of(decide(better))
         return dataclasses.replace(choice, joint=better)
@@ -268,7 +268,7 @@ def test_convolution_whose_input_is_read_later_is_left_alone_if_it_is_small() ->
     model, x = rectified()
     new = fxckpt.rewrite(model, "everything", example_inputs=(x,))
     pooled_or_large = [[False, True, True], [True, False, False]]
-    masks = masks_of(lean(joint_of(new), 2))
+    masks = masks_of(lean(joint_of(new), ~Lean(0)))
     assert masks == [[True] * 3, *pooled_or_large, *pooled_or_large, [False, True, True]]
 
 
@@ -277,7 +277,7 @@ def test_calls_that_take_more_workspace_are_not_made(name: str) -> None:
     """On the CPU; what is read for its shape is copied there."""
     case = build(name, tiny=True)
     joint = joint_of(fxckpt.rewrite(case.model, "everything", example_inputs=case.batch(0)))
-    one, two = (Memory(lean(joint, degree), workspaces=True) for degree in (1, 2))
+    one, two = (Memory(lean(joint, what), workspaces=True) for what in (1, 3))
     most = min(max(m.fixed.peak, m.replay(m.values).peak) for m in (one, two))
     assert len(masks_of(one.joint)) < len(masks_of(two.joint))
     chosen = Planner(joint).memory
@@ -327,3 +327,64 @@ def test_what_is_pooled_is_masked_before(twice: bool) -> None:
         assert content(mine.grad) == content(theirs.grad)
     read = {n.name for node in lean(joint_of(ours)).backward_nodes() for n in node.all_input_nodes}
     assert ("relu" in read) == twice
+
+
+class Skips(nn.Module):
+    """A convolution, some below it, and their results side by side."""
+
+    def __init__(self, depth: int, skipped: int, deeper: int, times: float | None = None) -> None:
+        super().__init__()
+        self.stem, self.down = nn.Conv2d(3, skipped, 3), nn.Conv2d(skipped, deeper, 3, padding=1)
+        layers = (nn.Conv2d(deeper, deeper, 3, padding=1) for _ in range(depth))
+        self.below, self.head = nn.Sequential(*layers), nn.Conv2d(skipped + deeper, 4, 3)
+        self.times = times
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of images."""
+        skip = self.stem(x)
+        y = self.below(self.down(skip))
+        both = torch.cat([skip if self.times is None else skip * self.times, y], 1)
+        return self.head(both).square().mean()
+
+
+SKIPS = {"half": Skips(9, 8, 8), "a quarter": Skips(9, 4, 12)}
+NO_SKIPS = {
+    "most": Skips(9, 14, 2),
+    "read soon": Skips(0, 8, 8),
+    "multiplied": Skips(9, 8, 8, times=2.0),
+}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("name", [*SKIPS, *NO_SKIPS])
+def test_part_of_a_gradient_that_waits_is_copied(name: str, layout: torch.memory_format) -> None:
+    """If it is a small part, waits long, and is only added to something."""
+    plain = {**SKIPS, **NO_SKIPS}[name].to(memory_format=layout)
+    ours, x = copy.deepcopy(plain), torch.randn(2, 3, 12, 12).to(memory_format=layout)
+    ours = decided(ours, leanly(everything))
+    for model in (plain, ours):
+        model.zero_grad()
+        model(x).backward()
+    for mine, theirs in zip(ours.parameters(), plain.parameters(), strict=True):
+        assert content(mine.grad) == content(theirs.grad)
+    copies = [n for n in joint_of(ours).backward_nodes() if n.target is aten.clone.default]
+    assert len(copies) == (name in SKIPS)
+
+
+def test_copies_are_made_where_they_pay() -> None:
+    """Not where all is kept, since they take time; for the least memory they are."""
+    model, x = Skips(6, 8, 8), torch.randn(4, 3, 64, 64)
+    joint = joint_of(fxckpt.rewrite(model, "nothing", example_inputs=(x,)))
+    planner = Planner(joint, device="v100")
+    ordinary, copying = planner._searches
+    copied = copying.memory
+    assert copied.joint.lean & Lean.SLICES
+    assert ordinary.consider(ordinary.memory.values).seconds == 0
+    assert copying.consider(copied.values).seconds > 0
+    most, least = planner.plan(planner.eager_peak), planner.least()
+    assert [bool(plan.lean & Lean.SLICES) for plan in (least, most)] == [True, False]
+    rewritten = fxckpt.rewrite(copy.deepcopy(model), plan=least, strict=True)
+    for each in (model, rewritten):
+        each(x).backward()
+    grads = [[content(p.grad) for p in each.parameters()] for each in (model, rewritten)]
+    assert grads[0] == grads[1]

@@ -28,8 +28,9 @@ from transformers import LlamaConfig, LlamaModel
 import fxckpt
 from bench.models import build
 from fxckpt import BudgetError, exact, policies, search
+from fxckpt.budgets import parse_budget
 from fxckpt.joint import Joint
-from fxckpt.planner import Planner, parse_budget
+from fxckpt.planner import Planner
 from fxckpt.quantities import readable
 
 ROWS, WIDTH = 64, 8
@@ -81,7 +82,7 @@ def assert_bounds(joint: Joint) -> None:
     planner = Planner(joint, device="v100", seconds=1.0)
     values = planner.memory.values
     assume(len(values) <= 6)
-    breakable = [values[i] for i in planner._search._problem.breakable()]
+    breakable = [values[i] for i in planner._searches[0]._problem.breakable()]
     decisions = []
     for chosen in itertools.product(*(KINDS if v in breakable else KINDS[:3] for v in values)):
         replay = planner.memory.replay(choice_of(dict(zip(values, chosen, strict=True))))
@@ -91,7 +92,7 @@ def assert_bounds(joint: Joint) -> None:
         optimum = min(seconds for peak, seconds in decisions if peak <= budget)
         plan = planner.plan(budget)
         assert plan.peak <= budget
-        known = planner._search.bound(budget)  # before it is capped by the plan
+        known = planner._searches[0].bound(budget)  # before it is capped by the plan
         near, deep = bounds_of(planner, budget)
         assert near * (1 - 1e-6) <= deep
         for bound in (known or 0.0, near, deep):
@@ -121,14 +122,14 @@ def test_bound_knows_that_results_take_the_place_of_what_is_let_go() -> None:
     ]
     decisions = [(r.peak, sum(planner.seconds[n] for n in r.again)) for r in replays]
     for budget in {peak for peak, _ in decisions}:
-        bound = planner._search.bound(budget)
+        bound = planner._searches[0].bound(budget)
         assert bound is not None
         assert bound <= min(s for peak, s in decisions if peak <= budget) * (1 + 1e-6)
 
 
 def bounds_of(planner: Planner, budget: int) -> tuple[float, float]:
     """The bound of a budget, and the one that follows longer chains."""
-    program = planner._search._bounds
+    program = planner._searches[0]._bounds
     near = program.solve(budget)
     deep = program.deepened(budget)
     assert near is not None
@@ -147,9 +148,9 @@ def test_large_programs_are_solved_with_fractions() -> None:
     """Looking for whole numbers could take minutes; the optimum with fractions is what there is."""
     planner = Planner(deep_chain(), device="v100")
     budget = (planner.least().peak + planner.eager_peak) // 2
-    fractions = exact.Exact(planner._search._problem).solve(budget)
+    fractions = exact.Exact(planner._searches[0]._problem).solve(budget)
     with mock.patch.object(exact, "_MOST_ENTRIES", 0), mock.patch.object(exact, "milp") as whole:
-        found = exact.Exact(planner._search._problem).solve(budget, whole=True)
+        found = exact.Exact(planner._searches[0]._problem).solve(budget, whole=True)
     assert not whole.called
     assert fractions is not None
     assert found is not None
@@ -158,7 +159,7 @@ def test_large_programs_are_solved_with_fractions() -> None:
 
 def test_values_of_equal_layers_have_equal_roles() -> None:
     planner = Planner(deep_chain(), device="v100")
-    roles = dict(zip(planner.memory.values, planner._search._problem.roles(), strict=True))
+    roles = dict(zip(planner.memory.values, planner._searches[0]._problem.roles(), strict=True))
     products = [role for node, role in roles.items() if node.target is torch.ops.aten.addmm.default]
     tanhs = [role for node, role in roles.items() if node.target is torch.ops.aten.tanh.default]
     assert len({*products[4:-4]}) == len({*tanhs[4:-4]}) == 1

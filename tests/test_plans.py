@@ -47,10 +47,10 @@ def test_a_plan_that_is_read_is_the_one_that_was_written(name: str, tmp_path: Pa
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[1, 2", "expected a plan of schema 2"),
-        ("[]", "expected a plan of schema 2"),
-        ('{"schema": 1}', "expected a plan of schema 2"),
-        ('{"schema": 2, "saved": []}', "the plan is damaged"),
+        ("[1, 2", "expected a plan of schema 3"),
+        ("[]", "expected a plan of schema 3"),
+        ('{"schema": 2}', "expected a plan of schema 3"),
+        ('{"schema": 3, "saved": []}', "the plan is damaged"),
     ],
 )
 def test_file_that_is_no_plan(content: str, message: str, tmp_path: Path) -> None:
