@@ -1,8 +1,10 @@
 """Settings of the whole test run: hypothesis profiles, threads, seeds, the `cuda` marker."""
 
+import gc
 import os
 import random
 import tempfile
+from collections.abc import Iterator
 
 # Read when torch and transformers are imported, here and in the processes that tests start: tests
 # run in parallel processes of one thread each and build every model from a config.
@@ -37,6 +39,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def others_frozen() -> Iterator[None]:
+    """The collector passes over what there was before: it takes no time after hundreds of tests."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -31,7 +31,7 @@ from weighing import (
 
 import fxckpt
 
-pytestmark = pytest.mark.slow  # together they take minutes
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("others_frozen")]
 
 # --- models ---------------------------------------------------------------------------------------
 

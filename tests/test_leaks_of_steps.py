@@ -22,7 +22,7 @@ from weighing import alive, assert_steady, batch, no_collector, quiet, step
 import fxckpt
 from fxckpt import CaptureError
 
-pytestmark = pytest.mark.slow  # together they take minutes
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("others_frozen")]
 
 # --- what a step leaves ---------------------------------------------------------------------------
 

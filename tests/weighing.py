@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from helpers import (
     total,
@@ -18,15 +17,6 @@ from torch import Tensor, nn
 from torch.fx import graph_module
 
 from fxckpt import FallbackWarning
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _others_frozen() -> Iterator[None]:
-    """The collector and the census pass over what there was before: collecting takes no time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def batch(length: int = 5) -> Tensor:
