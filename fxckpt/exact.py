@@ -3,7 +3,9 @@
 The program of `solve`, with columns and rows of their own for each moment that binds (see
 `waiting`). Chains of operations are followed for `_NEAR` steps back from what is read there; what
 lies behind has not run, unless something at the end of a chain has. Where the bound may be the
-reason that a plan looks poor, they are followed for `_FAR` steps: through all of a layer.
+reason that a plan looks poor, they are followed for `_FAR` steps, through all of a layer, and all
+other operations have variables: without them, a fraction of a long chain (the residual stream of a
+transformer) could have run early and be nowhere.
 """
 
 from __future__ import annotations
@@ -105,7 +107,7 @@ class Exact:
         """
         if self._latest is None:
             return None
-        near, self._cuts = self._cuts, {cut: self._rows_of(cut, _FAR) for cut in self._cuts}
+        near, self._cuts = self._cuts, {cut: self._rows_of(cut, far=True) for cut in self._cuts}
         found = self._relaxed(*self._assembled(budget))
         self._cuts = near
         return None if found.x is None else self._solution(found, whole=False).seconds
@@ -208,7 +210,7 @@ class Exact:
         new = sorted((c for c in over if c not in self._cuts), key=lambda c: (-over[c], c))
         for cut in new[:_MOST_CUTS]:
             if cut not in self._known:
-                self._known[cut] = self._rows_of(cut, _NEAR)
+                self._known[cut] = self._rows_of(cut)
             self._cuts[cut] = self._known[cut]
         return bool(new)
 
@@ -232,7 +234,7 @@ class Exact:
                     found[cut] = bytes_ - budget
         return found
 
-    def _rows_of(self, cut: Cut, depth: int) -> Rows:
+    def _rows_of(self, cut: Cut, *, far: bool = False) -> Rows:
         """The rows of a moment, that of its bytes last; chains are followed for so many steps."""
         moment, operation = cut
         rows, problem = Rows(self._columns.count), self.problem
@@ -241,7 +243,8 @@ class Exact:
             fixed = problem.forward[moment]
             bytes_ = [(int(v), float(problem.sizes[v])) for v in live]
         else:
-            waiting = Waiting(self._columns, rows, moment, depth, operation)
+            depth = _FAR if far else _NEAR
+            waiting = Waiting(self._columns, rows, moment, depth, operation, far=far)
             bytes_ = waiting.live() if operation < 0 else waiting.live_while(operation)
             fixed = (problem.backward if operation < 0 else problem.before)[moment]
         rows.add([(int(c), float(b) / self._unit) for c, b in bytes_ if b], -fixed / self._unit)

@@ -212,7 +212,7 @@ class Planner:
             best = self._best(budget)
             if best is not None:
                 most = _BEHIND * best[1].seconds
-                looks = {s: look for s, look in looks.items() if s.is_below(most, budget)}
+                looks = {s: look for s, look in looks.items() if not s.is_behind(most, budget)}
 
     def _best(self, budget: int) -> tuple[Search, Found] | None:
         found = [(search, f) for search in self._searches if (f := search.best(budget)) is not None]

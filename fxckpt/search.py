@@ -120,10 +120,10 @@ class Search:
         fitting = (f for f in self._pool.values() if f.peak <= budget)
         return min(fitting, key=lambda f: (f.seconds, f.peak), default=None)
 
-    def is_below(self, seconds: float, budget: float) -> bool:
-        """Whether the fastest that is known to fit takes less."""
+    def is_behind(self, seconds: float, budget: float) -> bool:
+        """Whether the fastest that is known to fit takes longer, or nothing ever will fit."""
         known = self.best(budget)
-        return known is not None and known.seconds <= seconds
+        return self._is_hopeless(budget) if known is None else known.seconds > seconds
 
     def front(self, parts: int) -> list[Found]:
         """The known decisions of which none other keeps less, needs less and is as fast, too.

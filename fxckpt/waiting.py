@@ -14,6 +14,7 @@ own (of what is far from it, little is to be known):
     w(u) >= e(o) - s(u) - g(o)              u is read later: it waits, or o runs once more
     w(u) >= e(c) - s(v) - w(v) - s(u) - g(o)    so it does if c has to run once more to make v
     z(u) >= r(c) - e(c) - (u is computed again)    u is saved for c, which runs later
+    z(u) + w(u) >= r(c) - e(c) - (again, and later than t) - g(o)    or made for it, and waits
     f(v) <= r(o), h(o)                      v is not there between its readers: o runs once more
     y(u) >= f(v) - h(p) - (u is there)      so does p, unless its result u, which o reads, waits
 
@@ -38,17 +39,28 @@ _CLOSE = 3  # steps back from what is let go between its readers
 class Waiting:
     """The columns and rows of one moment of backward.
 
-    Chains are followed for `depth` steps, and to one operation, if it is not -1.
+    Chains are followed for `depth` steps, and to one operation, if it is not -1. With `far`, what
+    lies behind has variables, too: it is known when it may have run, not when it must have.
     """
 
     def __init__(
-        self, columns: Columns, rows: Rows, moment: int, depth: int, operation: int
+        self,
+        columns: Columns,
+        rows: Rows,
+        moment: int,
+        depth: int,
+        operation: int,
+        *,
+        far: bool = False,
     ) -> None:
         self._columns, self._rows, self._moment = columns, rows, moment
         # For each operation, the column that says whether it has run.
         self._run = self._near(depth, operation)
+        self._chains = dict.fromkeys(self._run)
         self._through = self._gates()
         self._waits: dict[int, int] = {}
+        if far:
+            self._far()
         self._link()
 
     def _near(self, depth: int, operation: int) -> dict[int, int]:
@@ -66,6 +78,21 @@ class Waiting:
             run.update((o, rows.column()) for o in edge)
         self._edge = edge
         return run
+
+    def _far(self) -> None:
+        """e(o) of all others: when they may have run is known, when they must have is not."""
+        columns, rows = self._columns, self._rows
+        for o in range(columns.m - 1, -1, -1):
+            if o not in self._run and self._readers(o):
+                from_edge = self._has_run(o)
+                self._run[o] = rows.column()
+                if o not in self._through:
+                    rows.add([(self._run[o], 1), *from_edge])
+                self._ask_for(o)
+
+    def _readers(self, o: int) -> list[int]:
+        columns = self._columns
+        return sorted({c for v in columns.results[o] for c in columns.readers[v]} - {o})
 
     def _has_run(self, o: int) -> list[tuple[int, float]]:
         """Columns of which at least one is 1 if an operation has run, all negative.
@@ -87,10 +114,10 @@ class Waiting:
         columns = self._columns
         gate: dict[int, int] = {}
         for o in range(columns.m - 1, -1, -1):
-            readers = {c for v in columns.results[o] for c in columns.readers[v]} - {o}
+            readers = self._readers(o)
             if columns.asked[o] <= self._moment or not readers:
                 continue
-            common: int | None = max(readers)
+            common: int | None = readers[-1]
             for reader in readers:
                 other: int | None = reader
                 while common != other and common is not None and other is not None:
@@ -104,12 +131,12 @@ class Waiting:
         return gate
 
     def _is_early(self, o: int) -> bool:
-        return o in self._run and self._columns.asked[o] > self._moment
+        return o in self._chains and self._columns.asked[o] > self._moment
 
     def _link(self) -> None:
         columns, rows, run = self._columns, self._rows, self._run
         problem = columns.problem
-        for o in run:
+        for o in self._chains:
             for u in dict.fromkeys(problem.operands[o]):
                 p = int(problem.producer[u])
                 if not self._is_early(p) or p == o:
@@ -119,7 +146,7 @@ class Waiting:
                 for v in columns.results[o]:
                     if columns.first[v] <= self._moment:
                         rows.add([(run[p], -1), (v, -1), (u, -1)], -1)
-        for o in filter(self._is_early, run):
+        for o in filter(self._is_early, self._chains):
             self._ask_for(o)
             self._wait_for(o)
         for v in [v for v in self._waits if columns.last[v] >= 0]:
@@ -127,13 +154,12 @@ class Waiting:
 
     def _ask_for(self, o: int) -> None:
         """Nothing runs before it is asked for."""
-        columns, rows, run = self._columns, self._rows, self._run
-        readers = {c for v in columns.results[o] for c in columns.readers[v]}
-        asking = dict(entry for c in sorted(readers) for entry in self._has_run(c))
-        rows.add([(run[o], 1), (columns.n + o, -1)])
+        rows, run = self._rows, self._run[o]
+        rows.add([(run, 1), (self._columns.n + o, -1)])
         if o in self._through:
-            rows.add([(run[o], 1), *self._has_run(self._through[o])])
-        rows.add([(run[o], 1), *((c, f) for c, f in asking.items() if c != run[o])])
+            rows.add([(run, 1), *self._has_run(self._through[o])])
+        asking = dict(entry for c in self._readers(o) for entry in self._has_run(c))
+        rows.add([(run, 1), *((c, f) for c, f in asking.items() if c != run)])
 
     def _wait_for(self, o: int) -> None:
         """What is read later waits, or is computed once more."""
@@ -161,16 +187,29 @@ class Waiting:
         columns, rows, sizes = self._columns, self._rows, self._columns.problem.sizes
         kept = [(int(v), float(sizes[v])) for v in np.flatnonzero(columns.last >= self._moment)]
         for v in map(int, np.flatnonzero((columns.last < self._moment) & (sizes > 0))):
-            column = None
+            column, p = None, int(columns.problem.producer[v])
             for c in columns.readers[v]:
-                if columns.asked[c] <= self._moment or c == columns.problem.producer[v]:
+                if columns.asked[c] <= self._moment or c == p:
                     continue
                 column = rows.column() if column is None else column
                 there = [(int(columns.again[v]), -1.0), (column, -1.0)]
                 rows.add([(columns.n + c, 1), *self._has_run(c), *there])
+                if p in self._run and len(columns.results[p]) == 1:
+                    rows.add([(columns.n + c, 1), *self._has_run(c), *there, *self._made(v)])
             if column is not None:
                 kept.append((column, float(sizes[v])))
         return kept
+
+    def _made(self, v: int) -> list[tuple[int, float]]:
+        """1 if a value that is read later was made, is not let go, and not counted as waiting."""
+        columns = self._columns
+        p = int(columns.problem.producer[v])
+        made = [(self._run[p], 1.0), (columns.n + columns.m + p, -1.0)]
+        if v in columns.breakable:
+            made.append((columns.n + 2 * columns.m + p, -1.0))
+        if v in self._waits:
+            made.append((self._waits[v], -1.0))
+        return made
 
     def live(self) -> list[tuple[int, float]]:
         """Columns and bytes of what lives at the moment, besides what lives in any case."""

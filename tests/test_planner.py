@@ -69,11 +69,15 @@ def joints(draw: st.DrawFn) -> Joint:
     return joint_of(fxckpt.rewrite(model, "nothing", strict=True, example_inputs=(x,)))
 
 
-@pytest.mark.parametrize("depth", [12, 0], ids="chains of {} are followed".format)
+@pytest.mark.parametrize("depths", [(12, 40), (0, 40), (0, 0), (0, 1)], ids=str)
 @settings(max_examples=12)
 @given(joints())
-def test_no_decision_is_better_than_the_bound(depth: int, joint: Joint) -> None:
-    with mock.patch.object(exact, "_NEAR", depth), mock.patch.object(search, "_LARGE", 0.0):
+def test_no_decision_is_better_than_the_bound(depths: tuple[int, int], joint: Joint) -> None:
+    """However far chains are followed, for the first bound and for the one that knows more."""
+    near, far = (
+        mock.patch.object(exact, n, d) for n, d in zip(("_NEAR", "_FAR"), depths, strict=True)
+    )
+    with near, far, mock.patch.object(search, "_LARGE", 0.0):
         assert_bounds(joint)
 
 
@@ -142,6 +146,32 @@ def test_longer_chains_raise_the_bound() -> None:
         planner = Planner(deep_chain(), device="v100")
         near, deep = bounds_of(planner, (planner.least().peak + planner.eager_peak) // 2)
     assert near < deep
+
+
+class Residual(nn.Module):
+    """Layers that add to what comes in, of which backward reads only what follows from it."""
+
+    def __init__(self, layers: int, width: int) -> None:
+        super().__init__()
+        pairs = ([nn.Linear(width, width, bias=False) for _ in "io"] for _ in range(layers))
+        self.layers = nn.ModuleList(nn.ModuleList(pair) for pair in pairs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of rows."""
+        for inner, outer in self.layers:
+            x = x + outer(inner(x * 2.0).tanh())
+        return ((x * 1.0).exp() * (x * 1.0).sin()).sum()
+
+
+def test_long_chains_do_not_run_in_fractions() -> None:
+    """A part of the residual stream cannot have been computed early, and be nowhere."""
+    model, x = Residual(24, 16), torch.ones(256, 16)
+    joint = joint_of(fxckpt.rewrite(model, "nothing", strict=True, example_inputs=(x,)))
+    with mock.patch.object(exact, "_FAR", exact._NEAR):
+        planner = Planner(joint, device="v100")
+        least = planner.least().peak
+        near, deep = bounds_of(planner, least + (planner.eager_peak - least) // 3)
+    assert 1.005 * near < deep
 
 
 def test_large_programs_are_solved_with_fractions() -> None:
