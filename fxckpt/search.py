@@ -3,7 +3,7 @@
 NOTE [The search]
 
 Rounded solutions of the linear program (see `solve`) are nearly right: within a few per cent of the
-budget, and of the optimum. Four things make plans of them:
+budget, and of the optimum. Five things make plans of them:
 
     aim lower   if the replay needs more than the budget, the program is solved for less
     wait        for small graphs, the program is that of `exact`, which knows what waits for what
@@ -11,6 +11,7 @@ budget, and of the optimum. Four things make plans of them:
                 the one that takes off most for the seconds that it costs
     fill        save what is computed again as long as it still fits, the most seconds for a byte
                 first
+    anneal      change one or two values at random, where all of this leaves a gap
 
 All that is ever replayed goes into one pool, from which each budget takes the fastest that fits:
 what was found for a smaller budget is not lost for a larger one.
@@ -24,6 +25,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 
@@ -46,9 +48,11 @@ _ROUNDINGS = (0.999, 0.5, 0.001)  # what counts as saved
 _RECENT = 32  # replays that are kept
 _LESSONS, _AIMS = 4, 8  # how often to learn, and to aim lower
 _SHARES = (1.0, 0.85, 0.7)  # of the budget, that are aimed for from below
-# Times the bound: when to stop, to aim and exchange, and to look from below.
+# Times the bound: when to stop, to aim and anneal, and to look from below.
 _BEST, _GOOD, _POOR = 1.02, 1.04, 1.3
-_EXCHANGES = 3  # times the replays of the other ways, where all is poor
+# Of annealing: times the replays of other ways; what is taken for the worse, and what bytes over
+# the budget cost, of the best; how often two values are changed, and how far from each other.
+_ANNEALED, _HEAT, _PRICE, _PAIRS, _BESIDE = 3, 3e-4, 20.0, 0.6, 12
 _FEW = 150  # values, for which exact solutions are found soon
 _AT_ONCE = 6  # values to try to give up
 _STATES = 3  # of a value, that a decision tells
@@ -184,9 +188,8 @@ class Search:
         if self._is_poor(budget, _POOR):
             self._look_from_below(budget)
         yield
-        self._left = self._replays * (_EXCHANGES if self._is_poor(budget, _POOR) else 1)
         if self._is_poor(budget, _GOOD):
-            self._exchange(budget)
+            self._anneal(budget)
 
     def _sharpen(self, budget: float) -> None:
         """Raises the bound where it may be the reason that the best looks poor."""
@@ -352,21 +355,13 @@ class Search:
         fleeting = (solution.fleeting > 0.5) & ~saved
         return np.concatenate([saved, (solution.let_go > 0.5) & ~saved | fleeting, fleeting])
 
-    def _repair(self, found: Found, budget: float, below: float = math.inf) -> Found:
-        """Gives up one thing after another until a decision fits, or nothing helps.
-
-        Args:
-            found: The decision.
-            budget: Bytes.
-            below: Seconds from which on it is of no use.
-        """
+    def _repair(self, found: Found, budget: float) -> Found:
+        """Gives up one thing after another until a decision fits, or nothing helps."""
         while found.peak > budget and self._left > 0:
             over = _excess(found, budget)
             best, most = None, 0.0
-            for decision in self._remedies(found.decision, below - found.seconds):
+            for decision in self._remedies(found.decision):
                 other = self._try(decision)
-                if other.seconds >= below:
-                    continue
                 gain = over - _excess(other, budget)
                 gain /= max(other.seconds - found.seconds, 1e-9)
                 if gain > most:
@@ -376,25 +371,19 @@ class Search:
             found = best
         return found
 
-    def _remedies(self, decision: Decision, within: float) -> Iterator[Decision]:
-        """Decisions with one value less where most lives, or one that ends recomputation there.
-
-        Args:
-            decision: What is to be changed.
-            within: Seconds that this may cost.
-        """
+    def _remedies(self, decision: Decision) -> Iterator[Decision]:
+        """Decisions with one value less where most lives, or one that ends recomputation there."""
         count, peak = len(self._index), self._count(decision).at_peak()
         alive = [v for n in peak if (v := self._index.get(n)) is not None]
-        saved = [v for v in alive if decision[v] and self._again[v] < within]
+        saved = [v for v in alive if decision[v]]
         for v in sorted(saved, key=self._seconds_for_a_byte)[:_AT_ONCE]:
             yield _changed(decision, v, False)
         waiting = [v for v in alive if not decision[v] and not decision[count + v]]
         for v in sorted(waiting, key=self._seconds_for_a_byte)[:_AT_ONCE]:
             yield _changed(decision, count + v, True)
         for v in [v for v in alive if v in self._breakable and not decision[2 * count + v]]:
-            if not decision[v] or self._again[v] < within:
-                there = _changed(decision, v, False)
-                yield _changed(_changed(there, count + v, True), 2 * count + v, True)
+            there = _changed(decision, v, False)
+            yield _changed(_changed(there, count + v, True), 2 * count + v, True)
         for v in [v for v in alive if not decision[v]][:_AT_ONCE]:
             yield _changed(decision, v, True)
 
@@ -429,20 +418,36 @@ class Search:
                 stack += problem.operands[problem.producer[u]]
         return found.kept + problem.sizes[v] - freed <= budget
 
-    def _exchange(self, budget: float) -> None:
-        """Changes the best that is known for less recomputation, and repairs what that breaks."""
-        improved = True
-        while improved and self._left > 0 and (found := self.best(budget)) is not None:
-            improved = False
-            for v, value in self._samples(found.decision):
-                if self._left <= 0:
-                    return
-                other = self._try(_changed(found.decision, v, value))
-                other = self._repair(other, budget, found.seconds)
-                if other.peak <= budget and other.seconds < found.seconds:
-                    self._fill(other, budget)
-                    improved = True
-                    break
+    def _anneal(self, budget: float) -> None:
+        """Changes one value or two near each other, at random, and hardly ever for the worse.
+
+        Simulated annealing (Kirkpatrick, Gelatt and Vecchi 1983) at a low temperature: what counts
+        is that it passes through many decisions that are as good.
+        """
+        if (best := self.best(budget)) is None:
+            return
+        found = best
+        chance, count, tries = random.Random(0), len(self._index), _ANNEALED * self._replays
+        heat, price = _HEAT * best.seconds, _PRICE * best.seconds / budget
+
+        def cost(found: Found) -> float:
+            return found.seconds + price * max(found.peak - budget, 0)
+
+        for left in range(tries, 0, -1):
+            v = chance.randrange(count)
+            u = min(max(v + chance.randint(-_BESIDE, _BESIDE), 0), count - 1)
+            decision = found.decision.copy()
+            for w in {v, u} if chance.random() < _PAIRS else {v}:
+                kind = chance.randrange(4 if w in self._breakable else 3)
+                decision[w::count] = kind == 0, kind >= 2, kind == 3
+            other = self._try(decision)
+            more = cost(other) - cost(found)
+            if more <= 0 or chance.random() < math.exp(-more * tries / (heat * left)):
+                found = other
+            if other.peak <= budget:
+                best = min(best, other, key=lambda each: each.seconds)
+        self._left = self._replays
+        self._fill(best, budget)
 
     def _samples(self, decision: Decision) -> list[tuple[int, bool]]:
         """Of supplements that do the same in equal layers, the outer ones and the middle one."""
