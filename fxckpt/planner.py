@@ -21,10 +21,11 @@ from fxckpt.joint import Joint
 from fxckpt.lean import Lean, lean
 from fxckpt.memory import Memory
 from fxckpt.plans import Holding, Plan, Step, fingerprint
+from fxckpt.pool import Found
 from fxckpt.quantities import readable
 from fxckpt.rates import DEVICES, Device, measured
 from fxckpt.schedule import Choice
-from fxckpt.search import Found, Search
+from fxckpt.search import Search
 from fxckpt.slices import what_waits
 from fxckpt.usual import STRATEGIES, Usual, usual
 
@@ -201,7 +202,7 @@ class Planner:
         for i in range(points):
             self._look(low + (high - low) * i // points)
         for search in self._searches:
-            for found in search.front(_PARTS):
+            for found in search.pool.front(_PARTS):
                 yield self._choice(search, found), found.seconds
 
     def _look(self, budget: int) -> None:
@@ -215,7 +216,9 @@ class Planner:
                 looks = {s: look for s, look in looks.items() if not s.is_behind(most, budget)}
 
     def _best(self, budget: int) -> tuple[Search, Found] | None:
-        found = [(search, f) for search in self._searches if (f := search.best(budget)) is not None]
+        found = [
+            (search, f) for search in self._searches if (f := search.pool.best(budget)) is not None
+        ]
         return min(found, key=lambda each: (each[1].seconds, each[1].peak), default=None)
 
     def _least(self) -> tuple[Search, Found]:
@@ -223,7 +226,7 @@ class Planner:
         return min(found, key=lambda each: (each[1].peak, each[1].seconds))
 
     def _choice(self, search: Search, found: Found) -> Choice:
-        choice = search.choice(found.decision)
+        choice = search.pool.choice(found.decision)
         return dataclasses.replace(choice, joint=search.memory.joint)
 
     def _plan(self, budget: int, search: Search, found: Found) -> Plan:

@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaModel
 
 import fxckpt
 from bench.models import build
-from fxckpt import BudgetError, exact, policies, search
+from fxckpt import BudgetError, exact, policies, problems
 from fxckpt.budgets import parse_budget
 from fxckpt.joint import Joint
 from fxckpt.planner import Planner
@@ -77,7 +77,7 @@ def test_no_decision_is_better_than_the_bound(depths: tuple[int, int], joint: Jo
     near, far = (
         mock.patch.object(exact, n, d) for n, d in zip(("_NEAR", "_FAR"), depths, strict=True)
     )
-    with near, far, mock.patch.object(search, "_LARGE", 0.0):
+    with near, far, mock.patch.object(problems, "_LARGE", 0.0):
         assert_bounds(joint)
 
 
@@ -117,7 +117,7 @@ def test_bound_knows_that_results_take_the_place_of_what_is_let_go() -> None:
     model, x = Function(forward, WIDTH), torch.ones(ROWS, WIDTH)
     model.weight, model.a, model.b = (nn.Parameter(torch.ones(ROWS, WIDTH)) for _ in range(3))
     joint = joint_of(fxckpt.rewrite(model, "nothing", strict=True, example_inputs=(x,)))
-    with mock.patch.object(search, "_LARGE", 0.0):
+    with mock.patch.object(problems, "_LARGE", 0.0):
         planner = Planner(joint, device="v100")
     large = [v for v in planner.memory.values if v.name.startswith(("mul", "exp"))]
     replays = [
