@@ -73,8 +73,9 @@ class Planner:
         self._eager = Memory(joint, workspaces=here, eager=True)
         self.eager_peak = self._eager.replay(self._eager.values).peak
         self.memory = self._leaner()
-        self.seconds = {n: costs.seconds(n) for n in self.memory.joint.forward_nodes()}
-        self.step_seconds = sum(self.seconds.values()) + self._backward(self.memory.joint)
+        self.seconds = self._forward(self.memory.joint)
+        self._backward_seconds = self._backward(self.memory.joint)
+        self.step_seconds = sum(self.seconds.values()) + self._backward_seconds
         self._searches = [self._searched(memory, seconds) for memory in self._memories()]
 
     def _memories(self) -> Iterator[Memory]:
@@ -87,19 +88,22 @@ class Planner:
     def _memory(self, joint: Joint) -> Memory:
         return Memory(joint, workspaces=self._here, between=self._between)
 
+    def _forward(self, joint: Joint) -> dict[Node, float]:
+        return {n: self._costs.seconds(n) for n in joint.forward_nodes()}
+
     def _backward(self, joint: Joint) -> float:
         return sum(map(self._costs.seconds, joint.backward_nodes()))
 
     def _searched(self, memory: Memory, seconds: float) -> Search:
         """A search in one of the graphs that knows the simple strategies."""
-        joint = memory.joint
+        joint, ordinary = memory.joint, self.memory.joint
         one = _SECONDS_OF_REPLAY * max(len(joint.graph.nodes), 200)
         search = Search(
             memory,
-            {n: self._costs.seconds(n) for n in joint.forward_nodes()},
+            self.seconds if joint is ordinary else self._forward(joint),
             replays=max(int(_SHARE * seconds / one), 50),
             exact=int(_SHARE_OF_EXACT * seconds / _SECONDS_OF_EXACT),
-            more=self._backward(joint) - self._backward(self.memory.joint),
+            more=self._backward(joint) - self._backward_seconds if joint is not ordinary else 0.0,
         )
         search.consider(memory.values)
         search.consider(())

@@ -101,10 +101,22 @@ def _of_the_same_side(node: Node) -> Node | None:
     for result in dict.fromkeys((*x.users, *copied.users)):
         made_of_it = ops.operation(result) in makers and ops.op_arguments(result)[0] in (x, copied)
         whole = result.target is not ops.inplace or result.args[1][0][1] is None
-        if made_of_it and whole and _geometry(result) == _geometry(x):
+        if made_of_it and whole and _is_differentiated(result, node, x):
             others = {n for n in result.users if n.meta.get("phase") == "backward"}
             return result if others or x is not copied else None
     return None
+
+
+def _is_differentiated(result: Node, node: Node, x: Node) -> bool:
+    """Whether a node differentiates what makes a result, and not another one of its operand."""
+    op = ops.operation(result)
+    given = dict(
+        zip((a.name for a in op._schema.arguments), ops.op_arguments(result), strict=False)
+    )
+    given |= result.kwargs
+    constants = [given.get(a.name, a.default_value) for a in op._schema.arguments[1:]]
+    same = constants == [*node.args[2 : 2 + len(constants)]]
+    return same and _geometry(result) == _geometry(x)
 
 
 def _keeps_sides(node: Node) -> bool:

@@ -47,8 +47,9 @@ def what_waits(joint: Joint) -> Iterator[tuple[list[Node], Node]]:
 
 def _waiting(whole: Node, views: list[Node], place: dict[Node, int]) -> tuple[list[Node], int]:
     """The views that are read long after all others, and where these are read for the last time."""
+    known = {*views}
     reads = {
-        node: [place[user] for user in node.users if user in place and user not in views]
+        node: [place[user] for user in node.users if user in place and user not in known]
         for node in (whole, *views)
     }
     waiting = [view for view in views if _is_added(view)]
@@ -71,7 +72,10 @@ def _takes_a_copy(sum_: Node, view: Node) -> bool:
         return False
     copied = _imitation(view).clone()
     made = torch.add(*(copied if x is view else _imitation(x) for x in sum_.all_input_nodes))
-    return made.stride() == sum_.meta["val"].stride() == copied.stride()
+    look = made.shape, made.dtype, made.stride()
+    return look == (copied.shape, copied.dtype, copied.stride()) and (
+        made.stride() == sum_.meta["val"].stride()
+    )
 
 
 def _imitation(node: Node) -> torch.Tensor:

@@ -24,11 +24,12 @@ from helpers import (
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.fx import Node
+from torch.fx import Graph, Node
 from torch.nn import functional as F
 
 import fxckpt
 from bench.models import build
+from fxckpt import slices
 from fxckpt.joint import Joint
 from fxckpt.lean import Lean, can_be_imitated, lean
 from fxckpt.memory import Memory
@@ -159,6 +160,30 @@ def test_sides_of_limits_are_told_by_results(
     copied = inplace and name == "hardtanh"  # by eager, which keeps the copy
     assert (name in read.name) == ((apart and (copied or not alone)) or (inplace and not copied))
     assert not apart or "clone" not in {n.name for n in joint_of(ours).forward_nodes()}
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("name", SIDED)
+def test_sides_are_told_by_the_result_of_the_same_limits(name: str, first: bool) -> None:
+    """Another operation of the same operand may have others."""
+    limits = [(0.0, 6.0), (-1.0, 1.0)] if name == "hardtanh" else [(0.5,), (-0.5,)]
+
+    def forward(m: Function, x: Tensor) -> Tensor:
+        h = x * m.weight.view(-1)
+        one, other = (SIDED[name](h, *each) for each in (limits if first else limits[::-1]))
+        return one * one + 3 * other * other
+
+    ours, plain = (
+        decided(Function(forward, width=1), leanly(everything)),
+        Function(forward, width=1),
+    )
+    gradients = []
+    for model in (plain, ours):
+        nn.init.ones_(model.weight)
+        x = torch.linspace(-9, 9, 64).requires_grad_()
+        total(model(x)).backward()
+        gradients.append((content(model.weight.grad), content(x.grad)))
+    assert gradients[0] == gradients[1]
 
 
 POOLS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -370,6 +395,28 @@ def test_part_of_a_gradient_that_waits_is_copied(name: str, layout: torch.memory
         assert content(mine.grad) == content(theirs.grad)
     copies = [n for n in joint_of(ours).backward_nodes() if n.target is aten.clone.default]
     assert len(copies) == (name in SKIPS)
+
+
+@pytest.mark.parametrize(
+    ("rows", "other", "taken"),
+    [
+        (4, torch.ones(4, 3), True),
+        (1, torch.ones(2, 3), False),
+        (4, torch.ones(4, 3, dtype=torch.float64), False),
+    ],
+    ids=["alike", "larger", "another dtype"],
+)
+def test_copies_are_made_for_sums_that_look_like_them(
+    rows: int, other: Tensor, taken: bool
+) -> None:
+    graph, whole = Graph(), torch.ones(rows, 9)
+    nodes = [graph.placeholder(name) for name in ("whole", "other")]
+    view = graph.call_function(aten.slice.Tensor, (nodes[0], 1, 0, 3))
+    made = graph.call_function(aten.add.Tensor, (view, nodes[1]))
+    values = whole, other, whole[:, :3], whole[:, :3] + other
+    for node, val in zip((*nodes, view, made), values, strict=True):
+        node.meta["val"] = val
+    assert slices._is_added(view) == taken
 
 
 def test_copies_are_made_where_they_pay() -> None:
