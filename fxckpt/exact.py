@@ -6,10 +6,14 @@ lies behind has not run, unless something at the end of a chain has. Where the b
 reason that a plan looks poor, they are followed for `_FAR` steps, through all of a layer, and all
 other operations have variables: without them, a fraction of a long chain (the residual stream of a
 transformer) could have run early and be nowhere.
+
+Whole numbers are asked for in s(v) alone: the rest is hardly ever a fraction then, and the solution
+is found soon. It is a bound, too, and nearly a plan.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -23,8 +27,9 @@ from fxckpt.waiting import Waiting
 
 _NEAR, _FAR = 12, 40
 _MOST_CUTS, _MOST_ROUNDS = 6, 4  # moments that one round adds; with fewer rows a bound is lower
-_FEW, _MOST_NODES = 48, 30  # operations that run again, nodes of branching for a sharper bound
-_MOST_ENTRIES = 12_000  # of a matrix, for which whole numbers are found in a second or two
+_FEW, _MOST_NODES = 48, 12  # operations that run again, nodes of branching for a sharper bound
+_MOST_FOR_PLANS = 12_000  # entries of a matrix with what lives while something runs again
+_MOST_DEEP_ROUNDS, _MOST_TWICE = 2, 60_000  # with long chains; entries for there to be another one
 _GAIN = 1.5e-2  # of the optimum, that a round has to bring for there to be another one
 # Of the budget: what may be over, and what a moment that binds has left.
 _TOLERANCE, _SLACK = 1e-4, 0.01
@@ -39,6 +44,9 @@ class Exact:
         problem: The numbers.
         recomputing: Whether to count what lives while something runs again: for plans. If not, the
             optimum is a bound.
+
+    Attributes:
+        entries: Of the matrix that whole numbers were looked for last: it takes longer for more.
     """
 
     def __init__(self, problem: Problem, *, recomputing: bool = False) -> None:
@@ -50,37 +58,45 @@ class Exact:
         self._cuts: dict[Cut, Rows] = {}  # those that are in use
         self._scale = max(float(problem.seconds.max(initial=0.0)), 1e-12)
         self._latest: Any = None
+        self.entries = 0
 
-    def solve(self, budget: float, *, whole: bool = False) -> Solution | None:
-        """The optimum for a budget in bytes; None if nothing fits.
-
-        Args:
-            budget: Bytes.
-            whole: Without fractions; after some branching, what is found is returned. With
-                fractions after all where that would take long.
-        """
+    def solve(self, budget: float) -> Solution | None:
+        """The optimum for a budget in bytes, with fractions; None if nothing fits."""
         problem = self.problem
         if max(problem.forward.max(initial=0.0), problem.backward.max(initial=0.0)) > budget:
             return None
-        found = None
-        for solver in (self._relaxed, self._branched) if whole else (self._relaxed,):
-            before = 0.0
-            for _ in range(_MOST_ROUNDS):
-                program = self._assembled(budget)
-                if solver == self._branched and program[0].nnz > _MOST_ENTRIES:
-                    whole = False
-                    break
-                found, matrix, bounds = solver(*program), *program[:2]
-                if found.x is None:
-                    return None
-                gains = found.fun > (1 + _GAIN) * before
-                if not gains or not self._cut(found.x[: self._columns.count], budget):
-                    break
-                before = found.fun
-        assert found is not None
+        before = 0.0
+        for _ in range(_MOST_ROUNDS):
+            matrix, bounds, objective = self._assembled(budget, self._cuts)
+            found = self._relaxed(matrix, bounds, objective)
+            if found.x is None:
+                return None
+            gains = found.fun > (1 + _GAIN) * before
+            if not gains or not self._cut(found.x[: self._columns.count], budget):
+                break
+            before = found.fun
         self._latest = found
         self._keep_tight(matrix @ found.x, bounds - _SLACK * budget / self._unit)
-        return self._solution(found, whole)
+        return self._solution(found)
+
+    def branched(self, budget: float, most: int) -> Solution | None:
+        """Likewise where each value is saved as a whole, with all that is known of what waits.
+
+        After some branching, the best that is found is returned; its seconds are what no decision
+        can be below.
+
+        Args:
+            budget: Bytes.
+            most: Entries of the matrix: for more of them, as for what fits nowhere, None.
+        """
+        if self.solve(budget) is None:
+            return None
+        program = self._assembled(budget, self._far())
+        self.entries = program[0].nnz
+        if self.entries > (min(most, _MOST_FOR_PLANS) if self._recomputing else most):
+            return None
+        found = self._branched(*program)
+        return None if found.x is None else self._solution(found, found.mip_dual_bound)
 
     def sharpened(self, budget: float) -> float | None:
         """A bound over whole numbers, which is higher; for the budget that was solved for last.
@@ -94,8 +110,7 @@ class Exact:
         runs = found.x[n : n + self._columns.m]
         if np.count_nonzero(runs > _TOLERANCE) > _FEW:
             return None
-        matrix, bounds, objective = self._assembled(budget)
-        found = self._branched(matrix, bounds, objective, nodes=_MOST_NODES, count=n)
+        found = self._branched(*self._assembled(budget, self._cuts))
         if found.mip_dual_bound is None:
             return None
         return max(float(found.mip_dual_bound) - self._ties(), 0.0) * self._scale
@@ -107,10 +122,21 @@ class Exact:
         """
         if self._latest is None:
             return None
-        near, self._cuts = self._cuts, {cut: self._rows_of(cut, far=True) for cut in self._cuts}
-        found = self._relaxed(*self._assembled(budget))
-        self._cuts = near
-        return None if found.x is None else self._solution(found, whole=False).seconds
+        cuts = self._far()
+        for _ in range(_MOST_DEEP_ROUNDS):
+            program = self._assembled(budget, cuts)
+            found = self._relaxed(*program)
+            if found.x is None:
+                return None
+            new = self._new(found.x[: self._columns.count], budget, cuts)
+            if not new or program[0].nnz > _MOST_TWICE:
+                break
+            cuts.update((cut, self._rows_of(cut, far=True)) for cut in new)
+        return self._solution(found).seconds
+
+    def _far(self) -> dict[Cut, Rows]:
+        """The rows of all that is known of what waits, at the moments that are in use."""
+        return {cut: self._rows_of(cut, far=True) for cut in self._cuts}
 
     def _keep_tight(self, values: Floats, least: Floats) -> None:
         """Drops the moments that do not bind; those that were added last are not known yet."""
@@ -123,29 +149,20 @@ class Exact:
     def _relaxed(self, matrix: csr_matrix, bounds: Floats, objective: Floats) -> Any:
         return linprog(objective, matrix, bounds, bounds=(0, 1), method="highs")
 
-    def _branched(
-        self,
-        matrix: csr_matrix,
-        bounds: Floats,
-        objective: Floats,
-        nodes: int = 1,
-        count: int | None = None,
-    ) -> Any:
-        """Solves for whole numbers in the first columns, by default in all that are decisions."""
-        integrality = np.zeros(len(objective))
-        integrality[: self._columns.n + 3 * self._columns.m if count is None else count] = 1
+    def _branched(self, matrix: csr_matrix, bounds: Floats, objective: Floats) -> Any:
+        """Solves for whole numbers in the columns that say what is saved."""
+        nodes = 1 if self._recomputing else _MOST_NODES  # more of them raise the bound alone
         return milp(
             objective,
             constraints=LinearConstraint(matrix, ub=bounds),
             bounds=Bounds(0, 1),
-            integrality=integrality,
+            integrality=np.arange(len(objective)) < self._columns.n,
             options={"node_limit": nodes, "mip_rel_gap": 3e-3},
         )
 
-    def _solution(self, found: Any, whole: bool) -> Solution:
+    def _solution(self, found: Any, bound: float | None = None) -> Solution:
         n, m, x = self._columns.n, self._columns.m, found.x
-        costs = self._costs(n + 3 * m)
-        value = found.mip_dual_bound if whole else float(costs @ x[: n + 3 * m])
+        value = float(self._costs(n + 3 * m) @ x[: n + 3 * m]) if bound is None else bound
         seconds = max(value - self._ties(), 0.0)
         let_go, fleeting = x[n + m : n + 2 * m][self.problem.producer], np.zeros(n)
         fleeting[self._columns.breakable] = x[self._columns.fleeting]
@@ -162,12 +179,12 @@ class Exact:
         costs[:n] = 1e-6 * problem.seconds.sum() / max(problem.sizes.sum(), 1.0) * problem.sizes
         return costs / self._scale
 
-    def _assembled(self, budget: float) -> tuple[csr_matrix, Floats, Floats]:
+    def _assembled(self, budget: float, cuts: dict[Cut, Rows]) -> tuple[csr_matrix, Floats, Floats]:
         """All rows as one matrix, their bounds, and the costs of its columns."""
         i, j, x, bounds = [], [], [], []
         own = self._columns.count
         rows, columns = 0, own
-        for part in (self._logic, *self._cuts.values()):
+        for part in (self._logic, *cuts.values()):
             local = np.array(part.j, dtype=np.int64)
             i.append(np.array(part.i, dtype=np.int64) + rows)
             j.append(np.where(local >= own, local + columns - own, local))
@@ -206,13 +223,17 @@ class Exact:
 
     def _cut(self, x: Floats, budget: float) -> bool:
         """Adds rows for the moments that are over most; whether there are any."""
-        over = self._over(x, budget)
-        new = sorted((c for c in over if c not in self._cuts), key=lambda c: (-over[c], c))
-        for cut in new[:_MOST_CUTS]:
+        new = self._new(x, budget, self._cuts)
+        for cut in new:
             if cut not in self._known:
                 self._known[cut] = self._rows_of(cut)
             self._cuts[cut] = self._known[cut]
         return bool(new)
+
+    def _new(self, x: Floats, budget: float, cuts: Collection[Cut]) -> list[Cut]:
+        """The moments that are over most, and have no rows."""
+        over = self._over(x, budget)
+        return sorted((c for c in over if c not in cuts), key=lambda c: (-over[c], c))[:_MOST_CUTS]
 
     def _over(self, x: Floats, budget: float) -> dict[Cut, float]:
         """The moments that need more than the budget, and how much."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -18,6 +18,7 @@ _DESCENT = 0.95  # from one repair to the next
 # Of annealing: what is taken for the worse, and what bytes over the budget cost, of the best; how
 # often two values are changed, and how far from each other.
 _HEAT, _PRICE, _PAIRS, _BESIDE = 3e-4, 20.0, 0.6, 12
+_NEXT = 32  # the power that bytes are raised to, for those next to the peak to count a little
 
 
 class Moves:
@@ -112,21 +113,42 @@ class Moves:
         return found.kept + problem.sizes[v] - freed <= budget
 
     def anneal(self, budget: float) -> None:
+        """Looks at random for what is faster than the best that fits."""
+        if (best := self._pool.best(budget)) is None:
+            return
+        price = _PRICE * best.seconds / budget
+
+        def cost(found: Found) -> float:
+            return found.seconds + price * max(found.peak - budget, 0)
+
+        for found in self._walk(best, cost):
+            if found.peak <= budget:
+                best = min(best, found, key=lambda each: each.seconds)
+        self._pool.left = len(self._pool.index)
+        self.fill(best, budget)
+
+    def lower(self, found: Found) -> Found:
+        """Looks at random for what needs less than a decision.
+
+        What counts is nearly the peak: also in how many moments how much lives next to it, so that
+        less in some of these is progress.
+        """
+
+        def cost(each: Found) -> float:
+            return float(np.mean((each.live / found.peak) ** _NEXT) ** (1 / _NEXT))
+
+        return min([found, *self._walk(found, cost)], key=need)
+
+    def _walk(self, found: Found, cost: Callable[[Found], float]) -> Iterator[Found]:
         """Changes one value or two near each other, at random, and hardly ever for the worse.
 
         Simulated annealing (Kirkpatrick, Gelatt and Vecchi 1983) at a low temperature: what counts
         is that it passes through many decisions that are as good.
         """
-        if (best := self._pool.best(budget)) is None:
-            return
-        found = best
         chance, count, tries = random.Random(0), len(self._pool.index), self._pool.left
-        heat, price = _HEAT * best.seconds, _PRICE * best.seconds / budget
-
-        def cost(found: Found) -> float:
-            return found.seconds + price * max(found.peak - budget, 0)
-
-        for left in range(tries, 0, -1):
+        now = cost(found)
+        heat = _HEAT * now
+        while (left := self._pool.left) > 0:
             v = chance.randrange(count)
             u = min(max(v + chance.randint(-_BESIDE, _BESIDE), 0), count - 1)
             decision = found.decision.copy()
@@ -134,13 +156,10 @@ class Moves:
                 kind = chance.randrange(4 if w in self._breakable else 3)
                 decision[w::count] = kind == 0, kind >= 2, kind == 3
             other = self._pool.replay(decision)
-            more = cost(other) - cost(found)
+            more = cost(other) - now
             if more <= 0 or chance.random() < math.exp(-more * tries / (heat * left)):
-                found = other
-            if other.peak <= budget:
-                best = min(best, other, key=lambda each: each.seconds)
-        self._pool.left = len(self._pool.index)
-        self.fill(best, budget)
+                found, now = other, now + more
+                yield found
 
     def _samples(self, decision: Decision) -> list[tuple[int, bool]]:
         """Of supplements that do the same in equal layers, the outer ones and the middle one."""
@@ -166,6 +185,11 @@ class Moves:
 
     def _seconds_for_a_byte(self, v: int) -> float:
         return float(self._again[v] / max(self._problem.sizes[v], 1.0))
+
+
+def need(found: Found) -> tuple[int, float]:
+    """What is less for a decision that needs less."""
+    return found.peak, found.seconds
 
 
 def _changed(decision: Decision, v: int, value: bool) -> Decision:

@@ -31,11 +31,11 @@ from fxckpt.usual import STRATEGIES, Usual, usual
 
 AnyDevice = Device | torch.device | str | None
 _SECONDS_OF_REPLAY = 2e-6  # for each node of a graph, about
-_SECONDS_OF_EXACT = 0.75  # for each exact solution, about
+_ENTRIES = 2_900  # for each second, of matrices that whole numbers are looked for in
 _PARTS = 32  # see `Search.front`
 _LITTLE = 1e-3  # of the peak, that a leaner graph may need more
 _BEHIND = 1.1  # times what is best: how far a graph may be behind another one
-_SHARE, _SHARE_OF_EXACT = 0.05, 0.2  # of the seconds for planning: replays, exact solutions
+_SHARE = 0.075  # of the seconds for planning: replays of one way to look
 
 
 class Planner:
@@ -76,7 +76,8 @@ class Planner:
         self.seconds = self._forward(self.memory.joint)
         self._backward_seconds = self._backward(self.memory.joint)
         self.step_seconds = sum(self.seconds.values()) + self._backward_seconds
-        self._searches = [self._searched(memory, seconds) for memory in self._memories()]
+        memories = [*self._memories()]
+        self._searches = [self._searched(memory, seconds / len(memories)) for memory in memories]
 
     def _memories(self) -> Iterator[Memory]:
         """Those of the graphs that plans are made for: of the ordinary one first."""
@@ -97,12 +98,12 @@ class Planner:
     def _searched(self, memory: Memory, seconds: float) -> Search:
         """A search in one of the graphs that knows the simple strategies."""
         joint, ordinary = memory.joint, self.memory.joint
-        one = _SECONDS_OF_REPLAY * max(len(joint.graph.nodes), 200)
+        one = _SECONDS_OF_REPLAY * max(len(joint.graph.nodes), 50)
         search = Search(
             memory,
             self.seconds if joint is ordinary else self._forward(joint),
             replays=max(int(_SHARE * seconds / one), 50),
-            exact=int(_SHARE_OF_EXACT * seconds / _SECONDS_OF_EXACT),
+            entries=int(_ENTRIES * seconds),
             more=self._backward(joint) - self._backward_seconds if joint is not ordinary else 0.0,
         )
         search.consider(memory.values)

@@ -51,7 +51,7 @@ class Pool:
         self.memory, self._more = memory, more
         self.index = {node: i for i, node in enumerate(memory.values)}
         self.left = 0
-        self._quick = Quick(memory, seconds)
+        self._quick, self._operations = Quick(memory, seconds), max(len(memory.inputs_of), 1)
         self._found: dict[bytes, Found] = {}
         self._recent: dict[bytes, Count] = {}
 
@@ -71,11 +71,12 @@ class Pool:
         return Choice(saved, transient, fleeting)
 
     def replay(self, decision: Decision) -> Found:
-        """What a decision comes to; one replay is left less."""
+        """What a decision comes to; one replay is left less, or more where much runs again."""
         key = decision.tobytes()
         self.left -= 1
         if key not in self._found:
             count = self.count(decision)
+            self.left -= len(count.again) // self._operations
             kept = int(count.live[count.ahead - 1]) if count.ahead else 0
             back = int(count.live[count.ahead :].max(initial=0))
             seconds = count.seconds + self._more

@@ -3,10 +3,12 @@
 NOTE [The search]
 
 Rounded solutions of the linear program (see `solve`) are nearly right: within a few per cent of the
-budget, and of the optimum. Five things make plans of them:
+budget, and of the optimum. Six things make plans of them:
 
     aim lower   if the replay needs more than the budget, the program is solved for less
     wait        for small graphs, the program is that of `exact`, which knows what waits for what
+    branch      so it is for others, where a gap is left: it is solved for whole numbers, which also
+                raises the bound
     repair      as long as a decision is over the budget, give up a value that lives when most does:
                 the one that takes off most for the seconds that it costs
     fill        save what is computed again as long as it still fits, the most seconds for a byte
@@ -16,8 +18,8 @@ budget, and of the optimum. Five things make plans of them:
 All that is ever replayed goes into one pool, from which each budget takes the fastest that fits:
 what was found for a smaller budget is not lost for a larger one.
 
-It ends when the best is within 2 % of the bound, or 4 % before it aims lower, and is limited by a
-number of replays and not by a clock, so that it is deterministic.
+It ends when the best is within 2 % of the bound, or 4 % before it aims lower, and is limited by
+numbers of replays and of entries of matrices and not by a clock, so that it is deterministic.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from torch.fx import Node
 
 from fxckpt.exact import Exact
 from fxckpt.memory import Memory
-from fxckpt.moves import Moves
+from fxckpt.moves import Moves, need
 from fxckpt.pool import Decision, Found, Pool
 from fxckpt.problems import problem_of
 from fxckpt.solve import Lives, Program, Solution
@@ -40,10 +42,10 @@ _LESSONS, _AIMS = 4, 8  # how often to learn, and to aim lower
 _SHARES = (1.0, 0.85, 0.7)  # of the budget, that are aimed for from below
 # Times the bound: when to stop, to aim and anneal, and to look from below.
 _BEST, _GOOD, _POOR = 1.02, 1.04, 1.3
-_ANNEALED = 3  # times the replays of the other ways
+_ANNEALED = 2  # times the replays of the other ways
 _FEW = 150  # values, for which exact solutions are found soon
 _NEARLY = 0.02  # of what is found to need least: what may be left
-_HALVINGS, _STARTS = 8, 4  # how to find what needs least
+_HALVINGS, _STARTS, _LEASTS = 8, 4, 2  # how to find what needs least
 
 
 class Search:
@@ -53,7 +55,7 @@ class Search:
         memory: Of the graph.
         seconds: What each forward operation takes.
         replays: How many a call may make, about.
-        exact: How many exact solutions it may look at (see `exact`), of small graphs.
+        entries: Of matrices that it may look for whole numbers in (see `exact`), together.
         more: Seconds that are added to what runs again: what this graph takes longer than others.
 
     Attributes:
@@ -66,12 +68,12 @@ class Search:
         memory: Memory,
         seconds: dict[Node, float],
         replays: int,
-        exact: int,
+        entries: int,
         more: float = 0.0,
     ) -> None:
         self.memory, self._replays, self._more = memory, replays, more
         self.pool = Pool(memory, seconds, more)
-        self._solutions = exact if len(memory.values) <= _FEW else 0
+        self._entries = entries
         self._problem = problem_of(memory, seconds)
         self._moves = Moves(self.pool, self._problem)
         self._bounds = Exact(self._problem)
@@ -108,8 +110,9 @@ class Search:
             return
         for look, near in (
             (self._look_by_learning, _BEST),
-            (functools.partial(self._look_exactly, self._exact), _GOOD),
+            (self._look_at_few, _GOOD),
             (self._look_by_aiming, _GOOD),
+            (self._look_by_branching, _GOOD),
         ):
             self.pool.left = self._replays
             look(budget)
@@ -135,8 +138,10 @@ class Search:
             if self._is_poor(budget, _BEST):
                 self._sharpened.add(budget)
                 if (seconds := sharpen(budget)) is not None:
-                    seconds += self._more
-                    self._bound_of[budget] = max(self._bound_of[budget] or 0.0, seconds)
+                    self._raise_bound(budget, seconds)
+
+    def _raise_bound(self, budget: float, seconds: float) -> None:
+        self._bound_of[budget] = max(self._bound_of[budget] or 0.0, seconds + self._more)
 
     def _is_hopeless(self, budget: float) -> bool:
         """Whether nothing fits, not even what needs least."""
@@ -147,19 +152,33 @@ class Search:
         bound, known = self.bound(budget), self.pool.best(budget)
         return known is None or bound is None or known.seconds > factor * bound
 
+    def _look_at_few(self, budget: float) -> None:
+        """Solutions that also know what lives while something runs again, for small graphs."""
+        if len(self.memory.values) <= _FEW:
+            self._look_exactly(self._exact, budget)
+
+    def _look_by_branching(self, budget: float) -> None:
+        """Solutions of the program whose optimum is a bound, which rises by that."""
+        self._look_exactly(self._bounds, budget)
+
     def _look_exactly(self, program: Exact, budget: float) -> list[Found]:
-        """Solutions that know what waits: for graphs that are small enough to find them soon."""
-        aim, made = budget, []
-        for _ in range(self._solutions):
-            solution = program.solve(aim, whole=True)
-            if solution is None:
+        """Solutions that know what waits, and save each value as a whole."""
+        aim, made, left = budget, [], self._entries
+        for _ in range(_AIMS):
+            if (solution := program.branched(aim, left)) is None:
                 break
+            if program is self._bounds and aim == budget:
+                self._raise_bound(budget, solution.seconds)
+            left -= program.entries
+            self.pool.left = self._replays
             found = self.pool.replay(self._rounded(solution, 0.5))
             made.append(found)
             over = found.peak - budget
             if over <= 0:
                 break
             made.append(self._moves.repair(found, budget))
+            if made[-1].peak <= budget:
+                self._moves.fill(made[-1], budget)
             aim -= max(0.5 * over, 0.005 * budget)
         return made
 
@@ -234,23 +253,25 @@ class Search:
         starts += [
             self.pool.replay(self._moves.without_waiting(found.decision)) for found in starts
         ]
-        starts.sort(key=_need)
+        starts.sort(key=need)
         nothing = self.pool.replay(self.pool.saving(()))  # many others may need as much
         lowest = [self._moves.descend(found, low) for found in (nothing, *starts[:_STARTS])]
-        return self._least_exactly(min(lowest, key=_need), low)
+        found = self._least_exactly(min(lowest, key=need), low)
+        self.pool.left = self._replays
+        return self._moves.lower(found)
 
     def _least_exactly(self, found: Found, low: float) -> Found:
         """Halves what lies between a decision and what none can need less than."""
         program, high = Exact(self._problem, recomputing=True), found.peak
-        for _ in range(self._solutions):
+        for _ in range(_LEASTS if len(self.memory.values) <= _FEW else 0):
             if high - low <= _NEARLY * high:
                 break
             self.pool.left = self._replays
             middle = (low + high) / 2
             made = self._look_exactly(program, middle)
-            better = min(made, key=_need, default=found)
+            better = min(made, key=need, default=found)
             if better.peak < found.peak:
-                found = min(better, self._moves.descend(better, low), key=_need)
+                found = min(better, self._moves.descend(better, low), key=need)
             low, high = (low, found.peak) if found.peak <= middle else (middle, high)
         return found
 
@@ -261,7 +282,3 @@ class Search:
 
     def _all_rounded(self, solution: Solution) -> list[Found]:
         return [self.pool.replay(self._rounded(solution, limit)) for limit in _ROUNDINGS]
-
-
-def _need(found: Found) -> tuple[int, float]:
-    return found.peak, found.seconds

@@ -99,7 +99,9 @@ def assert_bounds(joint: Joint) -> None:
         known = planner._searches[0].bound(budget)  # before it is capped by the plan
         near, deep = bounds_of(planner, budget)
         assert near * (1 - 1e-6) <= deep
-        for bound in (known or 0.0, near, deep):
+        whole = planner._searches[0]._bounds.branched(budget, most=100_000)
+        assert whole is not None
+        for bound in (known or 0.0, near, deep, whole.seconds):
             assert bound <= optimum * (1 + 1e-6) + 1e-12
         assert plan.bound <= optimum * (1 + 1e-6)
         assert plan.seconds <= optimum * (1 + plan.gap) * (1 + 1e-6)
@@ -148,6 +150,21 @@ def test_longer_chains_raise_the_bound() -> None:
     assert near < deep
 
 
+def test_longer_chains_find_moments_that_bind() -> None:
+    """Where those of the shorter ones are not all that matter, as after another budget."""
+    planner = Planner(deep_chain(), device="v100")
+    budget, bounds = planner.memory.fixed.peak * 6 // 5, []
+    for rounds in (1, 2):
+        program = exact.Exact(planner._searches[0]._problem)
+        with (
+            mock.patch.object(exact, "_MOST_ROUNDS", 1),
+            mock.patch.object(exact, "_MOST_DEEP_ROUNDS", rounds),
+        ):
+            program.solve(budget)
+            bounds.append(program.deepened(budget) or 0.0)
+    assert 0 < bounds[0] < bounds[1]
+
+
 class Residual(nn.Module):
     """Layers that add to what comes in, of which backward reads only what follows from it."""
 
@@ -174,17 +191,29 @@ def test_long_chains_do_not_run_in_fractions() -> None:
     assert 1.005 * near < deep
 
 
-def test_large_programs_are_solved_with_fractions() -> None:
-    """Looking for whole numbers could take minutes; the optimum with fractions is what there is."""
+def test_no_whole_numbers_are_looked_for_in_large_programs() -> None:
+    """That could take minutes."""
     planner = Planner(deep_chain(), device="v100")
     budget = (planner.least().peak + planner.eager_peak) // 2
-    fractions = exact.Exact(planner._searches[0]._problem).solve(budget)
-    with mock.patch.object(exact, "_MOST_ENTRIES", 0), mock.patch.object(exact, "milp") as whole:
-        found = exact.Exact(planner._searches[0]._problem).solve(budget, whole=True)
-    assert not whole.called
-    assert fractions is not None
-    assert found is not None
-    assert found.seconds == fractions.seconds > 0
+    program = exact.Exact(planner._searches[0]._problem)
+    with mock.patch.object(exact, "milp") as milp:
+        assert program.branched(budget, most=1_000) is None
+    assert program.entries > 1_000
+    assert not milp.called
+
+
+def test_whole_numbers_raise_the_bound() -> None:
+    """A half of what has to be saved or not is no decision; the plan is what it was."""
+    sharpened = mock.patch.object(exact.Exact, "sharpened", return_value=None)
+    branched = mock.patch.object(exact.Exact, "branched", return_value=None)
+    joint = deep_chain()
+    with sharpened:
+        planner = Planner(joint, device="v100")
+        budget = planner.least().peak + (planner.eager_peak - planner.least().peak) // 40
+        whole = planner.plan(budget)
+        with branched:
+            fractions = Planner(joint, device="v100").plan(budget)
+    assert fractions.bound < whole.bound <= whole.seconds <= fractions.seconds
 
 
 def test_values_of_equal_layers_have_equal_roles() -> None:
