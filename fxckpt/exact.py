@@ -13,7 +13,7 @@ is found soon. It is a bound, too, and nearly a plan.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import numpy as np
@@ -91,7 +91,7 @@ class Exact:
         """
         if self.solve(budget) is None:
             return None
-        program = self._assembled(budget, self._far())
+        program = self._assembled(budget, self._far(self._cuts))
         self.entries = program[0].nnz
         if self.entries > (min(most, _MOST_FOR_PLANS) if self._recomputing else most):
             return None
@@ -122,8 +122,10 @@ class Exact:
         """
         if self._latest is None:
             return None
-        cuts = self._far()
+        cuts: dict[Cut, Rows] = {}
+        new = [*self._cuts]
         for _ in range(_MOST_DEEP_ROUNDS):
+            cuts |= self._far(new)
             program = self._assembled(budget, cuts)
             found = self._relaxed(*program)
             if found.x is None:
@@ -131,12 +133,11 @@ class Exact:
             new = self._new(found.x[: self._columns.count], budget, cuts)
             if not new or program[0].nnz > _MOST_TWICE:
                 break
-            cuts.update((cut, self._rows_of(cut, far=True)) for cut in new)
         return self._solution(found).seconds
 
-    def _far(self) -> dict[Cut, Rows]:
-        """The rows of all that is known of what waits, at the moments that are in use."""
-        return {cut: self._rows_of(cut, far=True) for cut in self._cuts}
+    def _far(self, cuts: Iterable[Cut]) -> dict[Cut, Rows]:
+        """The rows of all that is known of what waits at some moments."""
+        return {cut: self._rows_of(cut, far=True) for cut in cuts}
 
     def _keep_tight(self, values: Floats, least: Floats) -> None:
         """Drops the moments that do not bind; those that were added last are not known yet."""
