@@ -216,6 +216,19 @@ def test_whole_numbers_raise_the_bound() -> None:
     assert fractions.bound < whole.bound <= whole.seconds <= fractions.seconds
 
 
+def test_a_replay_of_much_that_runs_again_counts_as_several() -> None:
+    """It takes as long; one that is known already does not."""
+    search = Planner(deep_chain(), device="v100")._searches[0]
+    nothing = search._moves.without_waiting(search.pool.saving(()))
+    again, operations = len(search.pool.count(nothing).again), len(search.memory.inputs_of)
+    assert again > 5 * operations
+    search.pool.left = 100
+    search.pool.replay(nothing)
+    assert search.pool.left == 99 - again // operations
+    search.pool.replay(nothing)
+    assert search.pool.left == 98 - again // operations
+
+
 def test_values_of_equal_layers_have_equal_roles() -> None:
     planner = Planner(deep_chain(), device="v100")
     roles = dict(zip(planner.memory.values, planner._searches[0]._problem.roles(), strict=True))
