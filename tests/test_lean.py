@@ -357,19 +357,20 @@ def test_what_is_pooled_is_masked_before(twice: bool) -> None:
 class Skips(nn.Module):
     """A convolution, some below it, and their results side by side."""
 
-    def __init__(self, depth: int, skipped: int, deeper: int, *, scaled: bool = False) -> None:
+    def __init__(self, depth: int, skipped: int, deeper: int, *, kept: str = "") -> None:
         super().__init__()
         self.stem, self.down = nn.Conv2d(3, skipped, 3), nn.Conv2d(skipped, deeper, 3, padding=1)
         layers = (nn.Conv2d(deeper, deeper, 3, padding=1) for _ in range(depth))
         self.below, self.head = nn.Sequential(*layers), nn.Conv2d(skipped + deeper, 4, 3)
-        self.scaled = scaled
+        self.kept = kept
         self.register_buffer("scale", torch.full((1,), 2.0))
 
     def forward(self, x: Tensor) -> Tensor:
         """Of images."""
         skip = self.stem(x)
-        kept = skip * self.scale if self.scaled else skip
-        both = torch.cat([kept, self.below(self.down(skip))], 1)
+        deep = self.below(self.down(skip))
+        kept = {"scaled": skip * self.scale, "twice": skip + skip}.get(self.kept, skip)
+        both = torch.cat([kept, deep], 1)
         return self.head(both).square().mean()
 
 
@@ -377,7 +378,8 @@ SKIPS = {"half": Skips(9, 8, 8), "a quarter": Skips(9, 4, 12)}
 NO_SKIPS = {
     "most": Skips(9, 14, 2),
     "read soon": Skips(0, 8, 8),
-    "scaled": Skips(9, 8, 8, scaled=True),
+    "scaled": Skips(9, 8, 8, kept="scaled"),
+    "added to itself": Skips(9, 8, 8, kept="twice"),
 }
 
 
