@@ -29,7 +29,7 @@ _NEAR, _FAR = 12, 40
 _MOST_CUTS, _MOST_ROUNDS = 6, 4  # moments that one round adds; with fewer rows a bound is lower
 _FEW, _MOST_NODES = 48, 12  # operations that run again, nodes of branching for a sharper bound
 _MOST_FOR_PLANS = 12_000  # entries of a matrix with what lives while something runs again
-_MOST_DEEP_ROUNDS, _MOST_TWICE = 2, 35_000  # with long chains; entries for there to be another one
+_MOST_DEEP_ROUNDS, _MOST_TWICE = 2, 50_000  # with long chains; entries for there to be another one
 _GAIN = 1.5e-2  # of the optimum, that a round has to bring for there to be another one
 # Of the budget: what may be over, and what a moment that binds has left.
 _TOLERANCE, _SLACK = 1e-4, 0.01
