@@ -84,13 +84,8 @@ def test_no_decision_is_better_than_the_bound(depths: tuple[int, int], joint: Jo
 def assert_bounds(joint: Joint) -> None:
     """All decisions on a small graph, for some budgets."""
     planner = Planner(joint, device="v100", seconds=1.0)
-    values = planner.memory.values
-    assume(len(values) <= 6)
-    breakable = [values[i] for i in planner._searches[0]._problem.breakable()]
-    decisions = []
-    for chosen in itertools.product(*(KINDS if v in breakable else KINDS[:3] for v in values)):
-        replay = planner.memory.replay(choice_of(dict(zip(values, chosen, strict=True))))
-        decisions.append((replay.peak, sum(planner.seconds[n] for n in replay.again)))
+    assume(len(planner.memory.values) <= 6)
+    decisions = all_decisions(planner)
     budgets = sorted({peak for peak, _ in decisions})
     for budget in budgets[:: max(len(budgets) // 6, 1)]:
         optimum = min(seconds for peak, seconds in decisions if peak <= budget)
@@ -107,6 +102,31 @@ def assert_bounds(joint: Joint) -> None:
         assert plan.seconds <= optimum * (1 + plan.gap) * (1 + 1e-6)
     with pytest.raises(BudgetError):
         planner.plan(min(peak for peak, _ in decisions) - 1)
+
+
+def all_decisions(planner: Planner) -> list[tuple[int, float]]:
+    """The peak of each, and the seconds of what runs again."""
+    values = planner.memory.values
+    breakable = [values[i] for i in planner._searches[0]._problem.breakable()]
+    decisions = []
+    for chosen in itertools.product(*(KINDS if v in breakable else KINDS[:3] for v in values)):
+        replay = planner.memory.replay(choice_of(dict(zip(values, chosen, strict=True))))
+        decisions.append((replay.peak, sum(planner.seconds[n] for n in replay.again)))
+    return decisions
+
+
+def test_least_is_found_where_one_change_alone_takes_nothing_off() -> None:
+    """Neither the solutions of the programs lead there, nor what takes most off their peaks."""
+
+    def forward(m: Function, x: Tensor) -> Tensor:
+        product, normal = x @ m.weight, torch.layer_norm(x, x.shape[-1:])
+        return (product * normal).sin().sin().sum()
+
+    model, x = Function(forward, WIDTH), torch.ones(ROWS, WIDTH)
+    joint = joint_of(fxckpt.rewrite(model, "nothing", strict=True, example_inputs=(x,)))
+    with mock.patch.object(problems, "_LARGE", 0.0):
+        planner = Planner(joint, device="v100", seconds=1.0)
+        assert planner.least().peak == min(peak for peak, _ in all_decisions(planner))
 
 
 def test_bound_knows_that_results_take_the_place_of_what_is_let_go() -> None:
