@@ -15,9 +15,8 @@ and entry e of its menu, the fastest choice is an integer program:
     subject to  sum over e of x(c, e) = 1           for each call c
                 bytes(t) <= budget                  at each moment t
 
-Few moments bind, so nearly all variables are integers in the relaxation, and HiGHS (through
-`scipy.optimize.milp`) needs no or little branching. It is limited by a number of nodes, not by a
-clock, so equal steps get equal choices. What it returns counts once it is added up in whole bytes.
+Few moments bind, so nearly all variables are integers in the relaxation, and the solver needs no or
+little branching. What it returns counts once it is added up in whole bytes.
 """
 
 from __future__ import annotations
@@ -28,8 +27,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.optimize import Bounds, LinearConstraint
 from scipy.sparse import csr_matrix, lil_matrix
+
+from fxckpt import highs
 
 OUTSIDE, FORWARD, BACKWARD = "outside", "forward", "backward"
 _NODES, _ENOUGH = 500, 1e-3  # of branching: how often at most, and what counts as the optimum
@@ -150,12 +151,12 @@ class Composition:
             np.hstack([self._matrix.toarray() / scale, -np.ones((len(self._rows), 1))])
         )
         limits = LinearConstraint(rows, -np.inf, -self._outside / scale)
-        found = milp(
+        found = highs.branched(
             np.append(1e-6 * self._seconds / max(self._seconds.sum(), 1e-12), 1.0),
-            constraints=[limits, self._one_each(columns + 1)],
+            [limits, self._one_each(columns + 1)],
+            np.append(np.ones(columns), 0),
+            nodes=_NODES,
             bounds=Bounds(np.zeros(columns + 1), np.append(np.ones(columns), np.inf)),
-            integrality=np.append(np.ones(columns), 0),
-            options={"node_limit": _NODES},
         )
         candidates = [start] + ([] if found.x is None else [self._rounded(found.x[:columns])])
         return min(candidates, key=lambda c: (self.peak(c), self.seconds(c)))
@@ -165,12 +166,12 @@ class Composition:
         columns = len(self._seconds)
         limits = LinearConstraint(self._matrix / budget, -np.inf, 1 - self._outside / budget)
         scale = max(self._seconds.max(initial=0.0), 1e-12)
-        found = milp(
+        found = highs.branched(
             self._seconds / scale,
-            constraints=[limits, self._one_each(columns)],
-            bounds=Bounds(0, 1),
-            integrality=np.ones(columns),
-            options={"node_limit": _NODES, "mip_rel_gap": _ENOUGH},
+            [limits, self._one_each(columns)],
+            np.ones(columns),
+            nodes=_NODES,
+            gap=_ENOUGH,
         )
         bound = found.mip_dual_bound if found.mip_dual_bound is not None else 0.0
         return (None if found.x is None else self._rounded(found.x)), max(float(bound) * scale, 0.0)

@@ -17,9 +17,10 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, linprog, milp
+from scipy.optimize import LinearConstraint
 from scipy.sparse import csr_matrix
 
+from fxckpt import highs
 from fxckpt.columns import Columns, Rows
 from fxckpt.living import Live
 from fxckpt.solve import Floats, Problem, Solution, sums
@@ -30,6 +31,7 @@ _MOST_CUTS, _MOST_ROUNDS = 6, 4  # moments that one round adds; with fewer rows 
 _FEW, _MOST_NODES = 48, 12  # operations that run again, nodes of branching for a sharper bound
 _MOST_FOR_PLANS = 12_000  # entries of a matrix with what lives while something runs again
 _MOST_DEEP_ROUNDS, _MOST_TWICE = 2, 50_000  # with long chains; entries for there to be another one
+_ENOUGH = 3e-3  # of the optimum, that whole numbers may be away from it
 _GAIN = 1.5e-2  # of the optimum, that a round has to bring for there to be another one
 # Of the budget: what may be over, and what a moment that binds has left.
 _TOLERANCE, _SLACK = 1e-4, 0.01
@@ -148,18 +150,14 @@ class Exact:
                 del self._cuts[cut]
 
     def _relaxed(self, matrix: csr_matrix, bounds: Floats, objective: Floats) -> Any:
-        return linprog(objective, matrix, bounds, bounds=(0, 1), method="highs")
+        return highs.relaxed(objective, matrix, bounds)
 
     def _branched(self, matrix: csr_matrix, bounds: Floats, objective: Floats) -> Any:
         """Solves for whole numbers in the columns that say what is saved."""
         nodes = 1 if self._recomputing else _MOST_NODES  # more of them raise the bound alone
-        return milp(
-            objective,
-            constraints=LinearConstraint(matrix, ub=bounds),
-            bounds=Bounds(0, 1),
-            integrality=np.arange(len(objective)) < self._columns.n,
-            options={"node_limit": nodes, "mip_rel_gap": 3e-3},
-        )
+        whole = np.arange(len(objective)) < self._columns.n
+        limits = LinearConstraint(matrix, ub=bounds)
+        return highs.branched(objective, limits, whole, nodes=nodes, gap=_ENOUGH)
 
     def _solution(self, found: Any, bound: float | None = None) -> Solution:
         n, m, x = self._columns.n, self._columns.m, found.x

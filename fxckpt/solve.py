@@ -28,7 +28,7 @@ And large ones that are not read all the time have another, for what is let go b
     f(v) <= r(o)            v is computed once more, and not there while nobody reads it
 
 Rows of moments are added only when a solution would violate them (cutting planes): of thousands, a
-few dozen matter. Solved by HiGHS through `scipy.optimize`.
+few dozen matter.
 """
 
 from __future__ import annotations
@@ -39,8 +39,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, linprog, milp
+from scipy.optimize import LinearConstraint
 from scipy.sparse import csr_matrix, vstack
+
+from fxckpt import highs
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -254,16 +256,11 @@ class Program:
         return self._solution(found, whole)
 
     def _relaxed(self, matrix: csr_matrix, bounds: Floats) -> Any:
-        return linprog(self._objective, matrix, bounds, bounds=(0, 1), method="highs")
+        return highs.relaxed(self._objective, matrix, bounds)
 
     def _branched(self, matrix: csr_matrix, bounds: Floats) -> Any:
-        return milp(
-            self._objective,
-            constraints=LinearConstraint(matrix, ub=bounds),
-            bounds=Bounds(0, 1),
-            integrality=np.ones(self._columns),
-            options={"node_limit": _MOST_NODES, "mip_rel_gap": _ENOUGH},
-        )
+        limits, whole = LinearConstraint(matrix, ub=bounds), np.ones(self._columns)
+        return highs.branched(self._objective, limits, whole, nodes=_MOST_NODES, gap=_ENOUGH)
 
     def _solution(self, found: Any, whole: bool) -> Solution:
         again = found.x[self._values : self._values + self._operations]

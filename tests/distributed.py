@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import faulthandler
 import traceback
 import warnings
 from collections.abc import Callable
@@ -40,6 +41,7 @@ from fxckpt.installation import installed
 
 Result = dict[str, Any]
 STEPS = 4
+PATIENCE = 400  # seconds, less than a test may take
 
 
 class Block(nn.Module):
@@ -521,7 +523,7 @@ def _work(rank: int, folder: str) -> None:
 
 def results(folder: Path) -> list[dict[str, Result]]:
     """What both processes found in all cases."""
-    torch.multiprocessing.spawn(_work, (str(folder),), nprocs=2)
+    spawn(_work, str(folder))
     return [torch.load(folder / f"results-{rank}") for rank in range(2)]
 
 
@@ -531,10 +533,20 @@ def alone(function: Callable[[], None]) -> None:
     Torch's caches of placements hold a group as long as the main thread lives. A process that is
     forked from another thread destroys it, and waits for threads that it does not have.
     """
-    torch.multiprocessing.spawn(_alone, (function,))
+    spawn(_alone, function, processes=1)
 
 
 def _alone(rank: int, function: Callable[[], None]) -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=rank, world_size=1)
     function()
     dist.destroy_process_group()
+
+
+def spawn(function: Callable[..., None], *args: Any, processes: int = 2) -> None:
+    """Runs a function in new processes, with their ranks; one that hangs says where, and ends."""
+    torch.multiprocessing.spawn(_watched, (function, *args), nprocs=processes)
+
+
+def _watched(rank: int, function: Callable[..., None], *args: Any) -> None:
+    faulthandler.dump_traceback_later(PATIENCE, exit=True)
+    function(rank, *args)

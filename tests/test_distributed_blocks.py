@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from distributed import spawn
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -97,4 +97,4 @@ def in_process(rank: int, way: str, path: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_equal_to_eager(way: str, tmp_path: Path) -> None:
-    mp.spawn(in_process, (way, str(tmp_path / "meeting")), nprocs=2)
+    spawn(in_process, way, str(tmp_path / "meeting"))

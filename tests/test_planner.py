@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaModel
 
 import fxckpt
 from bench.models import build
-from fxckpt import BudgetError, exact, policies, problems
+from fxckpt import BudgetError, exact, highs, policies, problems
 from fxckpt.budgets import parse_budget
 from fxckpt.joint import Joint
 from fxckpt.planner import Planner
@@ -216,10 +216,10 @@ def test_no_whole_numbers_are_looked_for_in_large_programs() -> None:
     planner = Planner(deep_chain(), device="v100")
     budget = (planner.least().peak + planner.eager_peak) // 2
     program = exact.Exact(planner._searches[0]._problem)
-    with mock.patch.object(exact, "milp") as milp:
+    with mock.patch.object(highs, "branched") as branched:
         assert program.branched(budget, most=1_000) is None
     assert program.entries > 1_000
-    assert not milp.called
+    assert not branched.called
 
 
 def test_whole_numbers_raise_the_bound() -> None:
@@ -298,6 +298,15 @@ def test_a_strategy_may_need_less_than_any_plan(monkeypatch: pytest.MonkeyPatch)
     found = fxckpt.frontier(chain(4, 16), torch.ones(256, 16), points=2, device="v100")
     assert {*found.peers} == {"little", "much"}
     assert {*found.beside} == {"much"}
+
+
+def test_plans_without_solutions() -> None:
+    """If the solver of the programs gives up, what is found by changes counts, and no bound."""
+    model, x = chain(12, 16), torch.ones(256, 16)
+    with mock.patch.object(highs, "_SECONDS", 0.0):
+        plan = fxckpt.plan(model, x, budget=0.8, device="v100")
+    assert 0 == plan.bound < plan.seconds
+    assert plan.peak <= plan.budget
 
 
 def test_plans_are_deterministic() -> None:

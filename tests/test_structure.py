@@ -83,6 +83,7 @@ LAYERS = (
     "variables",
     "pieces",
     "quick",
+    "highs",
     "solve",
     "columns",
     "waiting",
