@@ -8,9 +8,10 @@ from __future__ import annotations
 import contextlib
 import datetime
 import faulthandler
+import gc
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -505,19 +506,31 @@ def _case(run: Any, how: str, kind: str) -> Callable[[int], Result]:
 
 def _work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    method, patience = f"file://{folder}/meeting", datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", method, world_size=2, rank=rank, timeout=patience)
     results = {}
-    for name, run in cases(folder).items():
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", fxckpt.FallbackWarning)
-            try:
-                result = run(rank)
-            except Exception:
-                result = {"error": traceback.format_exc()}
-        said = [str(w.message) for w in caught if w.category is fxckpt.FallbackWarning]
-        results[name] = {**result, "warnings": said}
+    with group(rank, init_method=f"file://{folder}/meeting"):
+        for name, run in cases(folder).items():
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", fxckpt.FallbackWarning)
+                try:
+                    result = run(rank)
+                except Exception:
+                    result = {"error": traceback.format_exc()}
+            said = [str(w.message) for w in caught if w.category is fxckpt.FallbackWarning]
+            results[name] = {**result, "warnings": said}
     torch.save(results, f"{folder}/results-{rank}")
+
+
+@contextlib.contextmanager
+def group(rank: int, size: int = 2, **options: Any) -> Iterator[None]:
+    """A group of processes while active; at its end, nobody may hold models that communicate.
+
+    If the reducer of one is the last to hold the group, it waits for threads of the group without
+    letting go of the interpreter, and one of these may wait for that (torch 2.13).
+    """
+    patience = datetime.timedelta(seconds=PATIENCE)
+    dist.init_process_group("gloo", rank=rank, world_size=size, timeout=patience, **options)
+    yield
+    gc.collect()
     dist.destroy_process_group()
 
 
@@ -537,9 +550,8 @@ def alone(function: Callable[[], None]) -> None:
 
 
 def _alone(rank: int, function: Callable[[], None]) -> None:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=rank, world_size=1)
-    function()
-    dist.destroy_process_group()
+    with group(rank, 1, store=dist.HashStore()):
+        function()
 
 
 def spawn(function: Callable[..., None], *args: Any, processes: int = 2) -> None:

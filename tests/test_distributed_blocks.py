@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-from distributed import spawn
+from distributed import group, spawn
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -79,7 +78,11 @@ def trained(model: nn.Module, rank: int) -> list[Tensor]:
 
 def in_process(rank: int, way: str, path: str) -> None:
     warnings.simplefilter("error", fxckpt.FallbackWarning)
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    with group(rank, init_method=f"file://{path}"):
+        assert_equal_to_eager(rank, way)
+
+
+def assert_equal_to_eager(rank: int, way: str) -> None:
     torch.manual_seed(0)
     model = gpt2()
     eager, ours = (wrap(copy.deepcopy(model)) for wrap in WAYS[way])
@@ -91,7 +94,6 @@ def in_process(rank: int, way: str, path: str) -> None:
         plan = runner.budgeting.latest
         assert plan.peak <= plan.budget < plan.eager_peak
     assert [*eager.state_dict()] == [*ours.state_dict()]
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
