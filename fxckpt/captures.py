@@ -137,8 +137,9 @@ class Captures:
                     raise
                 let_go_of_frames(error, handled)
                 return error.at(error.path, error.source), call
-            if found is not None:
+            if found is not None and found.tape.prepared:
                 prepare(found.tape.prepared)
+                self._watch.latest = None  # which is of the module as it was before that
         usable = found is not None and found.differentiable
         return found if usable else None, call
 

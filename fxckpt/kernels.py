@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from operator import getitem
 from typing import Any
 
 import torch
@@ -57,7 +58,8 @@ def call_of(node: Node) -> Callable[[], Any]:
 
     May raise whatever operations raise: what they compute on has to fit together.
     """
-    args, kwargs = map_aggregate(values((node.args, node.kwargs)), _random_like)
+    operands: Any = map_arg((node.args, node.kwargs), _operand)
+    args, kwargs = operands
     if node.target is ops.inplace:
         op, plan, *rest = args
         args = (op, [(key, view, False) for key, view, _ in plan], *rest)
@@ -70,7 +72,7 @@ def by_themselves(device: torch.device) -> Iterator[None]:
     """Single operations leave no trace: modes of the program do not see them, nor generators."""
     with (
         outside_of_modes(),
-        torch.no_grad(),
+        torch.enable_grad(),  # as in programs, see `programs`
         torch.autocast(device.type, enabled=False),
         ops.rng_state_as(ops.read_rng_state(device), device),
     ):
@@ -173,6 +175,19 @@ def _described(tree: Any) -> Any:
         return tuple(value.shape), value.stride(), value.dtype, value.device
 
     return map_aggregate(values(tree), describe)
+
+
+def _operand(node: Node) -> Any:
+    """Something that an operation can be run on in place of a value.
+
+    Bytes that another operation hands it, such as the workspace of `mkldnn_rnn_layer`, are
+    computed: nobody else knows what has to be in them.
+    """
+    val = node.meta["val"]
+    if node.target is getitem and isinstance(val, torch.Tensor) and val.dtype == torch.uint8:
+        parent, index = node.args
+        return call_of(parent)()[index]  # type: ignore[arg-type]
+    return map_aggregate(val, _random_like)
 
 
 def _random_like(value: Any) -> Any:

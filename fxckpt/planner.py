@@ -169,6 +169,8 @@ class Planner:
             BudgetError: if none is found.
         """
         self._look(budget)
+        if self._best(budget) is None:
+            self._least()  # which may be what fits
         found = self._best(budget)
         if found is None:
             raise self._error(budget)

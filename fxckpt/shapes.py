@@ -7,7 +7,8 @@ order), so a fake result must be laid out as the real one will be. The fake kern
 element-wise operations are Python decompositions: if operands are laid out differently, one
 contiguous and one transposed, say, they guess. Three sources know better, in this order:
 
-    LEARNED     what a real run returned where the fake kernel was wrong (see `first_run`)
+    LEARNED     what a real run returned where the fake kernel was wrong (see `first_run`), or is
+                known to be: then the real one runs once on operands of these sizes
     OWN         our own kernels, where the fake kernel refuses what the real one accepts
     a trial     the real kernel runs once on a miniature of its operands
 
@@ -28,10 +29,11 @@ from typing import Any
 import torch
 from torch._decomp import decomposition_table
 from torch._ops import OpOverload
+from torch.fx.node import map_aggregate
 
 from fxckpt import ops, symbols
 from fxckpt.errors import CaptureError
-from fxckpt.invisible import outside_of_modes
+from fxckpt.invisible import outside_of_modes, stands_for_real
 
 aten = torch.ops.aten
 
@@ -80,6 +82,8 @@ def corrected(func: OpOverload, args: Any, kwargs: Any, out: Any) -> Any:
         kwargs: Its keyword arguments.
         out: What its fake kernel returned.
     """
+    if func in _AT_FULL_SIZE:
+        _learn_at_full_size(func, args, kwargs, out)
     if LEARNED and isinstance(out, (torch.Tensor, tuple, list)):
         known = _learned(func, args, kwargs, out)
         if known is not None:
@@ -128,6 +132,27 @@ def _frozen(value: Any) -> Hashable:
 def learn(func: OpOverload, args: Any, kwargs: Any, found: tuple[Geometry | None, ...]) -> bool:
     """Remembers the results of a call; false if they were others the last time."""
     return LEARNED.setdefault(key_of(func, args, kwargs), found) == found
+
+
+# Those whose fake kernels do not know the size of a result: here, that of the workspace.
+_AT_FULL_SIZE = {aten.mkldnn_rnn_layer.default}
+
+
+def _learn_at_full_size(func: OpOverload, args: Any, kwargs: Any, out: Any) -> None:
+    """Learns from the real kernel, if the operands stand for real ones."""
+    func, args, kwargs = ops.without_unread(func, tuple(args), kwargs, out)
+    tensors = _tensors((*args, *kwargs.values()))
+    if not all(symbols.is_static(t) and stands_for_real(t) for t in tensors):
+        return
+    if key_of(func, args, kwargs) in LEARNED:
+        return
+    returned = _returned(func, *map_aggregate((list(args), kwargs), _geometry))
+    if returned is not None:
+        learn(func, args, kwargs, tuple(map(Geometry.of, returned)))
+
+
+def _geometry(value: Any) -> Any:
+    return Geometry.of(value) if isinstance(value, torch.Tensor) else value
 
 
 def _learned(func: OpOverload, args: Any, kwargs: Any, out: Any) -> Any:
@@ -236,21 +261,27 @@ def _laid_out(
 
 
 def _try(func: OpOverload, args: Any, kwargs: Any) -> list[_Order | None]:
-    """What the real kernel returns for operands of these geometries."""
+    """How what the real kernel returns for operands of these geometries is laid out."""
+    returned = _returned(func, args, kwargs) or ()
+    return [_order(o) if isinstance(o, torch.Tensor) else None for o in returned]
+
+
+def _returned(func: OpOverload, args: Any, kwargs: Any) -> Sequence[Any] | None:
+    """What the real kernel returns for such operands; None if that cannot be tried."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(outside_of_modes())
         stack.enter_context(torch._C._AutoDispatchBelowAutograd())
         stack.enter_context(torch._C._DisableAutocast())
+        stack.enter_context(torch.enable_grad())  # as in programs, see `programs`
         try:
             stand_ins = _stand_in(args), _stand_in(kwargs)
             if torch.Tag.nondeterministic_seeded in func.tags:
                 for device in {t.device for t in _tensors((*stand_ins[0], *stand_ins[1].values()))}:
                     stack.enter_context(ops.rng_state_as(ops.read_rng_state(device), device))
             returned = func(*stand_ins[0], **stand_ins[1])
-        except Exception:  # it cannot be tried: the fake kernel's answer stays
-            return []
-    outs = returned if isinstance(returned, (tuple, list)) else (returned,)
-    return [_order(o) if isinstance(o, torch.Tensor) else None for o in outs]
+        except Exception:  # the fake kernel's answer stays
+            return None
+    return returned if isinstance(returned, (tuple, list)) else (returned,)
 
 
 def _order(tensor: torch.Tensor) -> _Order | None:

@@ -1,6 +1,7 @@
 """Attributes, methods and descriptors of rewritten modules."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -192,3 +193,28 @@ def test_state_dict_hooks_and_strictness() -> None:
     assert model.load_state_dict(extra, strict=False).unexpected_keys == ["other"]
     outer = nn.ModuleDict({"inner": model})
     assert all(k.startswith("inner.") for k in outer.state_dict())
+
+
+class Decides(nn.Module):
+    """Decides at its first call what it does, in an object of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.config = nn.Linear(4, 4), SimpleNamespace(kind=None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of rows."""
+        if self.config.kind is None:
+            self.config.kind = "tanh"
+        return getattr(self.linear(x), self.config.kind)()
+
+
+def test_what_the_first_call_decides_is_no_change_before_its_backward() -> None:
+    """Which may have to run forward again."""
+
+    def use(model: nn.Module) -> Any:
+        weight = model.linear.weight
+        (gradient,) = torch.autograd.grad(model(x()).sum(), weight, create_graph=True)
+        return model.config.kind, gradient, torch.autograd.grad(gradient.square().sum(), weight)
+
+    both(Decides, use)

@@ -32,6 +32,7 @@ from fxckpt.budgets import parse_budget
 from fxckpt.joint import Joint
 from fxckpt.planner import Planner
 from fxckpt.quantities import readable
+from fxckpt.search import Search
 
 ROWS, WIDTH = 64, 8
 
@@ -298,6 +299,15 @@ def test_a_strategy_may_need_less_than_any_plan(monkeypatch: pytest.MonkeyPatch)
     found = fxckpt.frontier(chain(4, 16), torch.ones(256, 16), points=2, device="v100")
     assert {*found.peers} == {"little", "much"}
     assert {*found.beside} == {"much"}
+
+
+def test_least_fits_where_nothing_else_was_found() -> None:
+    planner = Planner(deep_chain(), device="v100")
+    least = Planner(deep_chain(), device="v100").least().peak
+    with mock.patch.object(Search, "look", return_value=iter(())):
+        assert planner.plan(least).peak == least
+        with pytest.raises(BudgetError):
+            planner.plan(least - 1)
 
 
 def test_plans_without_solutions() -> None:
