@@ -9,7 +9,8 @@ contiguous and one transposed, say, they guess. Three sources know better, in th
 
     LEARNED     what a real run returned where the fake kernel was wrong (see `first_run`), or is
                 known to be: then the real one runs once on operands of these sizes
-    OWN         our own kernels, where the fake kernel refuses what the real one accepts
+    OWN         our own kernels, where the fake kernel refuses what the real one accepts, or makes
+                one of two results
     a trial     the real kernel runs once on a miniature of its operands
 
 A miniature has the same order of strides, the same broadcast, dense and size-1 dimensions, but each
@@ -425,6 +426,12 @@ def padded(x: torch.Tensor, pad: Sequence[int], value: float = 0) -> torch.Tenso
     return x.clone()
 
 
+def rnn_layer_backward(*args: Any) -> tuple[torch.Tensor, ...]:
+    """`mkldnn_rnn_layer_backward`, whose fake kernel has one gradient for both biases (2.13)."""
+    *before, bias, _, hx, cx = aten.mkldnn_rnn_layer_backward.default(*args)
+    return *before, bias, torch.empty_like(bias), hx, cx
+
+
 def decomposed(func: OpOverload) -> Callable[..., Any] | None:
     """An operation as torch decomposes it, if it does, which tells the shape of the result."""
     return decomposition_table.get(func)
@@ -433,6 +440,7 @@ def decomposed(func: OpOverload) -> Callable[..., Any] | None:
 OWN: dict[OpOverload, Callable[..., Any]] = {
     torch.ops.aten._grouped_mm.default: grouped_mm,
     torch.ops.aten.constant_pad_nd.default: padded,
+    torch.ops.aten.mkldnn_rnn_layer_backward.default: rnn_layer_backward,
 }
 if torch.distributed.is_available():  # the real one returns its argument
     OWN[torch.ops._c10d_functional.wait_tensor.default] = torch.ops.aten.alias.default

@@ -342,6 +342,7 @@ def test_what_kernels_take_is_not_measured_while_the_program_profiles() -> None:
 def test_recurrent_layers_keep_bytes_for_themselves(layers: int, with_workspaces: None) -> None:
     """How many is known to the kernel alone, and backward cannot run on any others."""
     model, x = nn.LSTM(16, 16, layers, batch_first=True), torch.randn(4, 50, 16)
+    first = fxckpt.plan(model, x, budget=1.0)
     new = fxckpt.rewrite(model, budget=1.0, strict=True)
     measured = []
     for each in (new, new, model):
@@ -349,7 +350,7 @@ def test_recurrent_layers_keep_bytes_for_themselves(layers: int, with_workspaces
         measured.append(most_allocated(lambda each=each: each(x)[0].sum().backward()))
     report = fxckpt.explain(new)
     assert [report.peak, report.eager_peak] == pytest.approx(measured[1:], rel=0.01)
-    assert fxckpt.plan(model, x, budget=1.0, profile=True).step_seconds > 0
+    assert fxckpt.plan(model, x, budget=1.0, profile=True).eager_peak == first.eager_peak
 
 
 class Parameters(nn.Module):
