@@ -319,8 +319,9 @@ def _parsed(name: str) -> torch.device:
 
 def device_of(joint: Joint) -> torch.device:
     """The device that a graph is on."""
-    # Not that of views: those that have several results may say nothing of them.
-    own = (n for n in joint.forward_nodes() if n.meta.get("alias") is None)
+    # Not that of views: those that have several results may say nothing of them. Checks have none.
+    made = (n for n in joint.forward_nodes() if n.meta["val"] is not None)
+    own = (n for n in made if n.meta.get("alias") is None)
     devices = [device for n in own if (device := ops.node_device(n)).type != "meta"]
     return devices[-1]
 

@@ -13,7 +13,7 @@ import torch
 
 from fxckpt import spread, tree
 from fxckpt.modes import autocast_state, collected_outputs, compiles_halves
-from fxckpt.symbols import pattern
+from fxckpt.symbols import has_extent, pattern
 
 
 def of_arguments(
@@ -32,7 +32,7 @@ def of_arguments(
         tuple(
             (
                 type(t),
-                pattern(t.shape, t.stride())[0] if dynamic else (t.shape, t.stride()),
+                _extent(t, dynamic),
                 t.dtype,
                 t.device,
                 t.requires_grad,
@@ -44,6 +44,13 @@ def of_arguments(
             for i, t in enumerate(tensors)
         ),
     )
+
+
+def _extent(t: torch.Tensor, dynamic: bool) -> Hashable:
+    if not has_extent(t):
+        return t.layout
+    general = dynamic and t.layout == torch.strided
+    return pattern(t.shape, t.stride())[0] if general else (t.shape, t.stride())
 
 
 def _tags(t: torch.Tensor) -> Hashable:

@@ -133,6 +133,15 @@ def strides_like(pattern: Any, size: Sequence[Any]) -> tuple[Any, ...] | None:
         return None
 
 
+def has_extent(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has a size and strides; those that have not are not captured."""
+    nested = tensor.is_nested and tensor.layout == torch.strided
+    return not nested and tensor.layout not in _WITHOUT_STRIDES
+
+
+_WITHOUT_STRIDES = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+
+
 def sizes_of(tensors: Iterable[torch.Tensor]) -> Sizes:
     """What the symbols are in a call with these arguments; one that is passed twice counts once."""
     found: list[int] = []

@@ -22,6 +22,7 @@ from fxckpt.description import Description
 from fxckpt.installation import is_runner
 from fxckpt.reads import EVERYTHING
 from fxckpt.state import HOOKS
+from fxckpt.symbols import has_extent
 
 GLOBAL_HOOKS = tuple(getattr(nn_module, f"_global{kind}") for kind in HOOKS)
 # What nn.Module itself reads; submodules, hooks, parameters and buffers are watched anyway.
@@ -207,8 +208,8 @@ def attributes(
 def same_geometry(tensors: list[torch.Tensor], geometry: list[Any]) -> bool:
     """Whether tensors have their geometry still; makes no objects that stay, which is faster."""
     for t, known in zip(tensors, geometry, strict=True):
-        if known in LAZY:
-            if type(t) is not known:
+        if not isinstance(known, tuple):
+            if known not in (type(t), t.layout):
                 return False
             continue
         cls, dtype, requires_grad, shape, strides, device, spreading = known
@@ -229,6 +230,8 @@ def geometry(t: torch.Tensor) -> Any:
     """What is compared of a tensor."""
     if type(t) in LAZY:
         return type(t)
+    if not has_extent(t):
+        return t.layout
     plain = type(t), t.dtype, t.requires_grad, t.shape, t.stride(), t.device
     return *plain, spread.geometry(t)
 

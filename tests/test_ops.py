@@ -142,6 +142,31 @@ def test_operation(
     assert bool(fell_back) == (name in FALL_BACK), fell_back
 
 
+def autograd(function: Callable[..., Tensor], values: list[Tensor]) -> Any:
+    torch.manual_seed(0)
+    leaves = [value.clone().requires_grad_() for value in values]
+    value = function(*leaves)
+    return value, torch.autograd.grad(value, leaves, allow_unused=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in OPS if name not in FALL_BACK])
+def test_budget(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To plan, kernels run on operands that are made up, which none of them may mind."""
+    monkeypatch.setattr(db, "wrapper_set_seed", lambda op, *args, **kwargs: op(*args, **kwargs))
+    samples = OPS[name].sample_inputs("cpu", torch.float64, requires_grad=True)
+    for sample in itertools.islice(samples, SAMPLES):
+        function, values = call(OPS[name], sample)
+        try:
+            expected = autograd(function, values)
+        except RuntimeError as error:
+            pytest.skip(f"without checkpoint: {str(error).splitlines()[0]}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            budget = checkpoint(function, budget=1.0, profile=True)
+            assert_alike(expected, autograd(budget, values))
+
+
 # Those whose backward is another one while it is recorded, or is a constant.
 OF_ANOTHER_BACKWARD = [
     *("linalg_solve", "linalg_slogdet", "linalg_inv", "logdet", "logit", "sgn", "quantile"),

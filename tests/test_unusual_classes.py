@@ -426,3 +426,49 @@ def test_forward_of_the_instance_set_after_rewriting_wins() -> None:
         return first, second, step(model)
 
     assert captures(both(Net, use, fxckpt.rewrite_))
+
+
+LAYOUTS: dict[str, Callable[[], Tensor]] = {
+    "rows": lambda: torch.eye(4).to_sparse_csr(),
+    "columns": lambda: torch.eye(4).to_sparse_csc(),
+    "coordinates": lambda: torch.eye(4).to_sparse(),
+    "nested": lambda: torch.nested.nested_tensor([torch.eye(4)[:1], torch.eye(4)]),
+    "jagged": lambda: torch.nested.nested_tensor(
+        [torch.eye(4)[:1], torch.eye(4)], layout=torch.jagged
+    ),
+}
+
+
+class Graph(nn.Module):
+    """Reads a tensor of some layout, given or held."""
+
+    def __init__(self, held: Tensor | None) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("held", held)
+
+    def forward(self, x: Tensor, given: Tensor | None = None) -> Tensor:
+        """The sum of a product, or of one for each part."""
+        read = self.held if given is None else given
+        parts = read.unbind() if read.is_nested else [read]
+        return sum((part @ self.linear(x).tanh()).sum() for part in parts)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_layouts_without_strides_run_eagerly(layout: str, held: bool, dynamic: bool) -> None:
+    unusual = LAYOUTS[layout]()
+    model, x = Graph(unusual if held else None), torch.randn(4, 4)
+    new = fxckpt.rewrite(model, "nothing", dynamic=dynamic)
+    arguments = (x,) if held else (x, unusual)
+    with pytest.warns(fxckpt.FallbackWarning, match="a tensor (with layout|of class)"):
+        new(*arguments)
+    for _ in range(2):
+        grads = []
+        for each in (model, new):
+            each.zero_grad()
+            each(*arguments).backward()
+            grads.append(each.linear.weight.grad.clone())
+        assert torch.equal(*grads)
