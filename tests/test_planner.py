@@ -235,6 +235,9 @@ def test_whole_numbers_raise_the_bound() -> None:
         with branched:
             fractions = Planner(joint, device="v100").plan(budget)
     assert fractions.bound < whole.bound <= whole.seconds <= fractions.seconds
+    solution = planner._searches[0]._bounds.branched(budget, most=100_000)
+    assert solution is not None
+    assert whole.bound >= 0.99 * solution.seconds
 
 
 def test_a_replay_of_much_that_runs_again_counts_as_several() -> None:
