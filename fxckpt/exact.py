@@ -157,7 +157,9 @@ class Exact:
         nodes = 1 if self._recomputing else _MOST_NODES  # more of them raise the bound alone
         whole = np.arange(len(objective)) < self._columns.n
         limits = LinearConstraint(matrix, ub=bounds)
-        return highs.branched(objective, limits, whole, nodes=nodes, gap=_ENOUGH)
+        # Small programs are as fast without, and large ones have better solutions with it.
+        presolve = not self._recomputing
+        return highs.branched(objective, limits, whole, nodes=nodes, gap=_ENOUGH, presolve=presolve)
 
     def _solution(self, found: Any, bound: float | None = None) -> Solution:
         n, m, x = self._columns.n, self._columns.m, found.x

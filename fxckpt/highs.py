@@ -37,6 +37,7 @@ def branched(
     nodes: int,
     gap: float = 1e-4,
     bounds: Bounds = _UNIT,
+    presolve: bool = True,
 ) -> Any:
     """The x with least costs that is found after some branching; see `milp`.
 
@@ -47,8 +48,7 @@ def branched(
         nodes: Of branching, at most.
         gap: Between what is found and what can be found, that is good enough; of the costs.
         bounds: Of x.
+        presolve: Whether to make it simpler first; HiGHS prints a line where it mends a solution.
     """
-    limits = {"node_limit": nodes, "mip_rel_gap": gap, "time_limit": _SECONDS}
-    # With it HiGHS is no faster here, and prints lines of its own where it mends what presolve did.
-    limits["presolve"] = False
+    limits = {"node_limit": nodes, "mip_rel_gap": gap, "time_limit": _SECONDS, "presolve": presolve}
     return milp(costs, constraints=constraints, bounds=bounds, integrality=whole, options=limits)
