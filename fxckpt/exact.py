@@ -157,7 +157,7 @@ class Exact:
         nodes = 1 if self._recomputing else _MOST_NODES  # more of them raise the bound alone
         whole = np.arange(len(objective)) < self._columns.n
         limits = LinearConstraint(matrix, ub=bounds)
-        # Small programs are as fast without, and large ones have better solutions with it.
+        # Small programs are as fast without, and print nothing; large ones need it for good plans.
         presolve = not self._recomputing
         return highs.branched(objective, limits, whole, nodes=nodes, gap=_ENOUGH, presolve=presolve)
 
