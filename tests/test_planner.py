@@ -4,6 +4,7 @@ import itertools
 import re
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from helpers import (
@@ -21,6 +22,8 @@ from helpers import (
 )
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from scipy.optimize import OptimizeResult
+from scipy.sparse import csr_matrix
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, LlamaModel
@@ -320,6 +323,12 @@ def test_plans_without_solutions() -> None:
         plan = fxckpt.plan(model, x, budget=0.8, device="v100")
     assert 0 == plan.bound < plan.seconds
     assert plan.peak <= plan.budget
+
+
+def test_what_is_not_solved_to_its_end_is_no_bound() -> None:
+    unfinished = OptimizeResult(x=np.ones(1), fun=1.0, success=False)
+    with mock.patch.object(highs, "linprog", return_value=unfinished):
+        assert highs.relaxed([1.0], csr_matrix([[1.0]]), [1.0]).x is None
 
 
 def test_plans_are_deterministic() -> None:
