@@ -65,6 +65,7 @@ class Fact:
         copies: Bytes of the copies of what it works on, if these are not needless.
         bases: What it works on.
         workspace: See `workspace`.
+        workspace_again: Likewise if it runs again.
     """
 
     shares: Node | None
@@ -73,6 +74,7 @@ class Fact:
     copies: tuple[int, ...]
     bases: tuple[Node, ...]
     workspace: int
+    workspace_again: int
 
     @property
     def runs(self) -> bool:
@@ -88,20 +90,22 @@ class Fact:
         """The facts of a node."""
         parent: Any
         if (shares := known.shares[node]) is not None:
-            return Fact(shares, None, (), (), (), 0)
+            return Fact(shares, None, (), (), (), 0, 0)
         if node.target is getitem:
             parent, index = node.args
-            return Fact(parent, index, (), (), (), 0)  # type: ignore[arg-type]
+            return Fact(parent, index, (), (), (), 0, 0)  # type: ignore[arg-type]
         bases, val = known.bases.get(node, []), node.meta["val"]
         results = list(val) if isinstance(val, (tuple, list)) else [val]
         count = len(results) - len(bases)
+        taken = workspace(node) if workspaces else 0
         return Fact(
             None,
             None,
             tuple(_sizes(node, results[:count])),
             tuple(allocated_for_copy(result) for result in results[count:]),
             tuple(bases),
-            workspace(node) if workspaces else 0,
+            taken,
+            _while_drawing(node, taken) if ops.node_is_random(node) else taken,
         )
 
 
@@ -116,6 +120,16 @@ def _sizes(node: Node, results: Sequence[torch.Tensor | None]) -> Iterator[int]:
             yield allocated_for_result(node, result)
 
 
+def _while_drawing(node: Node, taken: int) -> int:
+    """Bytes besides its operands and results while a random operation runs again.
+
+    There is the generator's state that is put back afterwards, and at the end the one that the
+    operation leaves (see `ops.with_rng_state`).
+    """
+    state = allocated_for_state(ops.node_device(node))
+    return state + max(taken, state)
+
+
 def _output_mask(node: Node, count: int) -> Sequence[bool]:
     """Which results are computed: backward operations that leave that open say so at the end."""
     mask: Any = node.args[-1] if node.args else None
@@ -128,15 +142,14 @@ class Ledger:
 
     Args:
         facts: By node of the joint graph.
-        states: The generator states of recomputed random operations, see `Schedule`.
     """
 
-    def __init__(self, facts: Mapping[Node, Fact], states: Mapping[Node, State]) -> None:
+    def __init__(self, facts: Mapping[Node, Fact]) -> None:
         self.now = 0
         self.sizes = [0]
         # When something ran that is more than a view, and its workspace.
         self.notable: list[tuple[int, Node, int]] = []
-        self._facts, self._states = facts, states
+        self._facts = facts
         self._born, self._read = [0], [0]  # when each storage is made, and read for the last time
         self._owners: list[Step | None] = [None]
         self._places: dict[Step, tuple[int, ...]] = {}  # the storages that each variable holds
@@ -177,6 +190,7 @@ class Ledger:
         reads: Mapping[Node, Iterable[Node]],
         reuse: Reuse,
         pure: Collection[Node] = (),
+        states: Mapping[Node, State] | None = None,
     ) -> None:
         """Notes what steps read and make.
 
@@ -185,6 +199,7 @@ class Ledger:
             reads: What each operation reads.
             reuse: The steps that need no new memory.
             pure: The mutations that leave out what they do to their arguments.
+            states: What random operations that run again draw from, see `Schedule`.
         """
         places, last = self._places, self._read
         for i, step in enumerate(steps):
@@ -194,13 +209,13 @@ class Ledger:
                     for storage in places.get(read, _NOWHERE):
                         last[storage] = self.now
                 if (replaced := reuse.results.get(i)) is None:
-                    self._make(step, i in reuse.mutations, step in pure)
+                    self._make(step, i in reuse.mutations, step in pure, (states or {}).get(step))
                 else:
                     self._replace(places[replaced][0], step)
             else:
                 self._extra(step)
 
-    def _make(self, node: Node, direct: bool, pure: bool) -> None:
+    def _make(self, node: Node, direct: bool, pure: bool, state: State | None) -> None:
         fact = self._facts[node]
         if fact.shares is not None:
             places = self._places.get(fact.shares, _NOWHERE)
@@ -209,8 +224,10 @@ class Ledger:
                 self._owners[places[0]], self._parents[places[0]] = node, fact.shares
             self._places[node] = places
             return
-        if node in self._states:
-            self.keep(self._places[self._states[node]])
+        taken = fact.workspace
+        if state is not None:
+            taken = fact.workspace_again
+            self.keep(self._places[state])
         if pure or not fact.bases:
             self.place(node, *fact.fresh)
         elif direct:
@@ -218,7 +235,7 @@ class Ledger:
             self._places[node] = (*self.place(node, *fact.fresh), *bases)
         else:
             self.place(node, *fact.fresh, *fact.copies)
-        self.notable.append((self.now, node, fact.workspace))
+        self.notable.append((self.now, node, taken))
 
     def _replace(self, storage: int, step: Node) -> None:
         """Lets a result take the place of an operand: a storage that is made as another dies."""

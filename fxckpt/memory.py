@@ -16,10 +16,10 @@ and buffers are there already. It comes and goes like this:
     gradients       live to the end of backward: all are returned at once
     residuals       die at their last reader in backward
 
-Not counted: what kernels allocate and free while they run, apart from what `workspace` knows, and
-two states of the generator (10 KB) while the CPU draws again; what follows backward (a gradient
-that is added to one that is there already); fragmentation and rounding, apart from CUDA's (see
-`ledger.allocated`); a first call, which keeps more, to be able to take back what it did.
+Not counted: what kernels allocate and free while they run, apart from what `workspace` knows; what
+follows backward (a gradient that is added to one that is there already); fragmentation and
+rounding, apart from CUDA's (see `ledger.allocated`); a first call, which keeps more, to be able to
+take back what it did.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ class Memory:
         self, schedule: Schedule, outputs_held: bool, cotangents_held: bool = True
     ) -> Replay:
         scheduler, needless = self.scheduler, self.reinplacer.needless(schedule)
-        ledger = Ledger(self.facts, schedule.states)
+        ledger = Ledger(self.facts)
         held = [s for node, size in self.held_by_call for s in ledger.make(node, [size])]
         ledger.run(schedule.forward, scheduler.reads, needless.forward)
         if self.between:
@@ -159,8 +159,13 @@ class Memory:
         for node in self.joint.cotangents:
             ledger.place(node, allocated(node.meta["val"]))
         given = ledger.of(self.joint.cotangents)
-        pure = self.reinplacer.pure_again
-        ledger.run(schedule.backward, scheduler.reads_again, needless.backward, pure)
+        ledger.run(
+            schedule.backward,
+            scheduler.reads_again,
+            needless.backward,
+            self.reinplacer.pure_again,
+            schedule.states,
+        )
         if outputs_held:
             ledger.keep(outputs)
         gradients = ledger.of(scheduler.wanted)

@@ -302,7 +302,7 @@ class Builder:
             copies = first + len(fact.fresh) if fact.bases else -1
             piece.reuses.append(Reuse(node, piece.count, slots, first, copies))
         piece.make(variables.of[node], sizes, variables.named[node][: len(sizes)])
-        piece.tick(fact.workspace)
+        piece.tick(fact.workspace_again if again else fact.workspace)
         if again:
             piece.again.append(node)
 
