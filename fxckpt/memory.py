@@ -29,12 +29,12 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from torch.fx import Node
 
 from fxckpt import ops
+from fxckpt.delivery import delivery
 from fxckpt.joint import Joint, is_value
 from fxckpt.ledger import Fact, Ledger, allocated, allocated_for_result, allocated_for_state
 from fxckpt.reinplace import Reinplacer, Reuse
 from fxckpt.replay import Needs, Replay
 from fxckpt.schedule import Schedule, Scheduler, read_before_written
-from fxckpt.workspace import copied_at_the_end
 
 
 def replay(joint: Joint, saved: Collection[Node]) -> Replay:
@@ -100,7 +100,7 @@ class Memory:
         self.facts = {n: Fact.of(n, self.reinplacer, workspaces) for n in nodes}
         if workspaces and joint.grads:
             last = next(n for n in reversed(nodes) if self.facts[n].runs)
-            self.facts[last] = self.facts[last].taking(copied_at_the_end(joint))
+            self.facts[last] = self.facts[last].taking(delivery(joint))
         self.held_by_call = _held_by_call(joint)
         self.values = [
             n

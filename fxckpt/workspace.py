@@ -16,8 +16,7 @@ import torch
 from torch.fx import Node
 
 from fxckpt import kernels, ops
-from fxckpt.joint import Joint, storage_bytes
-from fxckpt.shapes import Geometry, alike
+from fxckpt.joint import storage_bytes
 
 _native: Any = torch._C  # not all of it is declared
 
@@ -42,26 +41,6 @@ def oversized(node: Node) -> int | None:
         return None
     operands = torch.broadcast_shapes(*(value.meta["val"].shape for value in node.all_input_nodes))
     return operands.numel() * node.meta["val"].element_size()
-
-
-def copied_at_the_end(joint: Joint) -> int:
-    """Bytes that autograd takes to hand the gradients of a graph to parameters.
-
-    It keeps the very tensor if that is laid out like the parameter, and belongs to nobody else.
-    Else it makes a copy, one after the other.
-    """
-    pairs = [
-        (joint.primals[name].meta["val"], grads[-1])
-        for name, grads in joint.grads.items()
-        if grads and joint.primals[name].meta["kind"] != "input"
-    ]
-    kept: dict[int, int] = {}
-    again = 0
-    for _, grad in pairs:
-        again += kept.get(memory := grad.meta["val"].untyped_storage()._cdata, 0)
-        kept[memory] = _bytes(grad)
-    apart = [_bytes(g) for p, g in pairs if not alike(Geometry.of(p), g.meta["val"])]
-    return again + max(apart, default=0)
 
 
 def _convolution(node: Node) -> int:

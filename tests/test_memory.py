@@ -39,7 +39,7 @@ from torch.nn import functional as F
 
 import fxckpt
 from bench.models import build
-from fxckpt import kernels, ledger, memory, ops, programs, workspace
+from fxckpt import delivery, kernels, ledger, memory, ops, programs, workspace
 from fxckpt.policies import resolve
 
 aten = torch.ops.aten
@@ -157,7 +157,7 @@ def without_workspaces() -> Iterator[None]:
     """The reference does not look into kernels."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ledger, "workspace", lambda node: 0)
-        patch.setattr(memory, "copied_at_the_end", lambda joint: 0)
+        patch.setattr(memory, "delivery", lambda joint: 0)
         yield
 
 
@@ -219,7 +219,7 @@ REAL: dict[str, dict[str, Any]] = {
 def with_workspaces(monkeypatch: pytest.MonkeyPatch) -> None:
     """The allocator sees what kernels take."""
     monkeypatch.setattr(ledger, "workspace", workspace.workspace)
-    monkeypatch.setattr(memory, "copied_at_the_end", workspace.copied_at_the_end)
+    monkeypatch.setattr(memory, "delivery", delivery.delivery)
 
 
 def allocation_peak(case: Any, batch: Any) -> int:
@@ -399,6 +399,9 @@ DELIVERED: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "to two parameters": lambda m, x: (x @ (m.a + m.b)).exp(),
     "expanded": lambda m, x: (x @ m.a).exp().sum() + m.b.sum(),
     "in parts": lambda m, x: x @ m.a + (x @ torch.cat([m.b[:128], m.b[128:] * 2])).exp(),
+    "to be added up": lambda m, x: (x @ m.a).tanh() + x @ m.b + x @ (m.a + 1),
+    "to be added up, views": lambda m, x: F.linear(F.linear(x, m.a.t()).tanh(), m.a),
+    "to be added up, of one product": lambda m, x: (x[:1] @ torch.cat([m.a, m.a], 1)).exp(),
     "of one product": lambda m, x: (x @ torch.cat([m.a, m.b], 1)).exp(),
 }
 

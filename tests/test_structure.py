@@ -77,6 +77,7 @@ LAYERS = (
     "reinplace",
     "workspace",
     "ledger",
+    "delivery",
     "replay",
     "memory",
     "usual",
