@@ -78,7 +78,8 @@ class Memory:
             taken to die before it, as in `model(x).sum().backward()`.
         workspaces: Whether to count what kernels take besides; not if the step is to run on
             another device than the graph is on.
-        eager: Whether results are made in new memory, as eager does (see `reinplace`).
+        eager: Whether results are made in new memory (see `reinplace`), and autograd lets go of
+            what one of its functions works on when that is done, as in eager mode.
         between: Bytes that something else needs between forward and backward, such as blocks that
             come later; while it runs, there is what forward hands to backward besides.
     """
@@ -94,7 +95,7 @@ class Memory:
     ) -> None:
         self.joint, self.outputs_held, self.between = joint, outputs_held, between
         self._eager = eager
-        self.scheduler = Scheduler(joint)
+        self.scheduler = Scheduler(joint, eager=eager)
         self.reinplacer = Reinplacer(self.scheduler, eager=eager)
         nodes = [*joint.forward_nodes(), *joint.backward_nodes()]
         self.facts = {n: Fact.of(n, self.reinplacer, workspaces) for n in nodes}

@@ -491,6 +491,8 @@ class Recorder(TorchDispatchMode):
             "calls": place.calls,
             "source": place.source,
         }
+        if (running := torch._C._current_autograd_node()) is not None:
+            node.meta["task"] = running._sequence_nr()
         if self.nest and self.phase == "forward":
             node.meta["nest"] = self.nest
         if self.checkpoints:

@@ -58,6 +58,7 @@ from fxckpt.joint import (
     reachable,
     storage_bytes,
 )
+from fxckpt.tasks import held_until_done
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -159,13 +160,20 @@ class Schedule:
 
 
 class Scheduler:
-    """Makes schedules of one joint graph: what they have in common is found out once."""
+    """Makes schedules of one joint graph: what they have in common is found out once.
 
-    def __init__(self, joint: Joint) -> None:
+    Args:
+        joint: The graph.
+        eager: Whether functions of autograd hold what they work on until they are done.
+    """
+
+    def __init__(self, joint: Joint, *, eager: bool = False) -> None:
         forward, backward = list(joint.forward_nodes()), list(joint.backward_nodes())
         self.joint = joint
         self.order = in_order(joint.graph)
         self.reads = {n: tuple(n.all_input_nodes) for n in (*forward, *backward)}
+        if eager:
+            self.reads.update(held_until_done(backward))
         self.reads_again = {**self.reads, **{n: _inputs_again(n) for n in forward}}  # in backward
         self.wanted = [g for each in joint.grads.values() for g in each]
         self.written = {joint.primals[name] for name in joint.writes if name in joint.primals}

@@ -250,6 +250,29 @@ def test_real_allocations(name: str, policy: str, with_workspaces: None) -> None
     assert replay.peak == pytest.approx(peak, rel=0.01)
 
 
+class Gated(nn.Module):
+    """Takes most memory where a product is differentiated by both of its factors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(64, 256), nn.Linear(64, 256)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.a(x).sin() * self.b(x).exp())[:, :8].sum()
+
+
+def test_functions_hold_what_they_work_on_until_they_are_done(with_workspaces: None) -> None:
+    model, x = Gated(), torch.linspace(-1, 1, 64 * 64).view(64, 64)
+    new = fxckpt.rewrite(model, "everything", strict=True, example_inputs=(x,))
+    eager = memory.Memory(joint_of(new), outputs_held=False, eager=True)
+    peak = most_allocated(lambda: model(x).backward())
+    replay = eager.replay(eager.values)
+    assert replay.peak == pytest.approx(peak, rel=0.001)
+    most = max(replay.moments, key=lambda moment: moment.live)
+    assert most.node.target is aten.mul.Tensor
+    assert most.phase == "backward"
+
+
 class Drawing(nn.Module):
     """Takes most memory where dropout runs again."""
 

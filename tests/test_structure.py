@@ -72,6 +72,7 @@ LAYERS = (
     "sides",
     "slices",
     "lean",
+    "tasks",
     "schedule",
     "nests",
     "reinplace",
