@@ -78,8 +78,10 @@ class Memory:
             taken to die before it, as in `model(x).sum().backward()`.
         workspaces: Whether to count what kernels take besides; not if the step is to run on
             another device than the graph is on.
-        eager: Whether results are made in new memory (see `reinplace`), and autograd lets go of
-            what one of its functions works on when that is done, as in eager mode.
+        eager: Whether operations are eager's: results are made in new memory (see `reinplace`), and
+            autograd lets go of what one of its functions works on when that is done (see `tasks`).
+            What a rewritten step holds in any case counts here, too, such as cotangents: nothing
+            is recomputed for as much memory as eager is said to need.
         between: Bytes that something else needs between forward and backward, such as blocks that
             come later; while it runs, there is what forward hands to backward besides.
     """

@@ -29,6 +29,7 @@ from fxckpt import ops
 from fxckpt.joint import Joint, memory_of, owner_of, producer, storage_bytes
 from fxckpt.schedule import Schedule, Scheduler, Step
 from fxckpt.symbols import look_alike, looks
+from fxckpt.tasks import is_sum_of_gradients
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -71,7 +72,8 @@ class Reinplacer:
 
     Args:
         scheduler: Of the graph.
-        eager: Whether element-wise operations make new memory as eager does.
+        eager: Whether element-wise operations make new memory as eager does, but for sums of
+            gradients.
     """
 
     def __init__(self, scheduler: Scheduler, *, eager: bool = False) -> None:
@@ -80,7 +82,8 @@ class Reinplacer:
         self.shares = {n: memory_of(n) for n in operations}
         self.bases = {n: _bases(n) for n in operations if n.target is ops.inplace}
         self.pure_again = {n for n in self.bases if ops.without_statistics(n) is not None}
-        found = {} if eager else {n: _replaceable(n) for n in operations}
+        find = _added_to if eager else _replaceable
+        found = {n: find(n) for n in operations}
         self.replaceable = {n: operands for n, operands in found.items() if operands}
         self._scheduler = scheduler
         self.writes = {joint.primals[name]: node for name, node in joint.writes.items()}
@@ -202,6 +205,15 @@ def _replaceable(node: Node) -> tuple[Node, ...]:
         return ()
     fits = (n for n in operands if _looks_like(n.meta["val"], result))
     return tuple(n for n in fits if _is_made_for(owner_of(n), result))
+
+
+def _added_to(node: Node) -> tuple[Node, ...]:
+    """The gradient that autograd adds another one to in place, if nobody else needs it.
+
+    Views hold the memory of their base.
+    """
+    first = node.args[0] if is_sum_of_gradients(node) else None
+    return tuple(n for n in _replaceable(node) if n is first and memory_of(n) is None)
 
 
 def _keeps_strides(operand: torch.Tensor, result: torch.Tensor) -> bool:

@@ -26,20 +26,19 @@ def held_until_done(backward: Iterable[Node]) -> Iterator[tuple[Node, tuple[Node
         backward: The operations, in the order in which they run.
 
     Yields:
-        The last operation of a function, and what it or an earlier one read and none of them made.
+        The last operation of a function, and what it reads or is held until then.
     """
-    own = (node for node in backward if not _adds_up(node))
+    own = (node for node in backward if not is_sum_of_gradients(node))
     for task, group in groupby(own, key=lambda node: node.meta.get("task")):
         nodes = [*group]
         made = [n for n in nodes if n.target is not getitem and n.meta.get("alias") is None]
         if task is not None and len(made) > 1:
-            reads = dict.fromkeys(read for node in nodes for read in node.all_input_nodes)
-            yield made[-1], tuple(read for read in reads if read not in nodes)
+            held = [n for node in nodes for n in node.all_input_nodes if n not in nodes]
+            yield made[-1], tuple(dict.fromkeys((*made[-1].all_input_nodes, *held)))
 
 
-def _adds_up(node: Node) -> bool:
-    """Whether this is the sum of two gradients, which comes when a function is done."""
-    sums = (aten.add.Tensor, aten.add_.Tensor)
-    return ops.operation(node) in sums and all(
-        read.meta.get("phase") != "forward" for read in node.all_input_nodes
-    )
+def is_sum_of_gradients(node: Node) -> bool:
+    """Whether an operation of backward adds up two gradients, which comes between functions."""
+    if ops.operation(node) not in (aten.add.Tensor, aten.add_.Tensor):
+        return False
+    return all(n.meta.get("phase") != "forward" for n in (node, *node.all_input_nodes))

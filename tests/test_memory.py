@@ -261,16 +261,36 @@ class Gated(nn.Module):
         return (self.a(x).sin() * self.b(x).exp())[:, :8].sum()
 
 
-def test_functions_hold_what_they_work_on_until_they_are_done(with_workspaces: None) -> None:
-    model, x = Gated(), torch.linspace(-1, 1, 64 * 64).view(64, 64)
+def peaks_of_eager(model: nn.Module, x: Tensor) -> tuple[int, int, Any]:
+    """The peak of eager as a replay has it, and as it is; and the moment."""
     new = fxckpt.rewrite(model, "everything", strict=True, example_inputs=(x,))
     eager = memory.Memory(joint_of(new), outputs_held=False, eager=True)
-    peak = most_allocated(lambda: model(x).backward())
     replay = eager.replay(eager.values)
-    assert replay.peak == pytest.approx(peak, rel=0.001)
     most = max(replay.moments, key=lambda moment: moment.live)
-    assert most.node.target is aten.mul.Tensor
-    assert most.phase == "backward"
+    return replay.peak, most_allocated(lambda: model(x).backward()), most
+
+
+def test_functions_hold_what_they_work_on_until_they_are_done(with_workspaces: None) -> None:
+    planned, measured, most = peaks_of_eager(Gated(), torch.linspace(-1, 1, 64 * 64).view(64, 64))
+    assert planned == pytest.approx(measured, rel=0.001)
+    assert (most.node.target, most.phase) == (aten.mul.Tensor, "backward")
+
+
+class Selecting(nn.Module):
+    """Takes most memory where gradients of the same size are added up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.linear(x)
+        return sum((rows[i].sin() for i in range(4)), rows[5]).sum()
+
+
+def test_eager_adds_gradients_up_in_place(with_workspaces: None) -> None:
+    planned, measured, _ = peaks_of_eager(Selecting(), torch.linspace(-1, 1, 400).view(100, 4))
+    assert planned == pytest.approx(measured, rel=0.001)
 
 
 class Drawing(nn.Module):
