@@ -35,12 +35,23 @@ def workspace(node: Node) -> int:
 def oversized(node: Node) -> int | None:
     """Bytes of the result of an operation, if its storage is larger than what is seen of it.
 
-    These losses make room for an element each, and reduce in place; fake kernels do not.
+    These make room for as many elements as there are in their operands, and leave it at that when
+    they reduce these in place, or need less; fake kernels do not.
     """
-    if ops.schema_name(node.target) not in ("aten::mse_loss", "aten::smooth_l1_loss"):
+    if ops.schema_name(node.target) not in _AS_LARGE_AS_OPERANDS:
         return None
     operands = torch.broadcast_shapes(*(value.meta["val"].shape for value in node.all_input_nodes))
-    return operands.numel() * node.meta["val"].element_size()
+    result = node.meta["val"]
+    return max(operands.numel(), result.numel()) * result.element_size()
+
+
+_AS_LARGE_AS_OPERANDS = {
+    "aten::binary_cross_entropy",
+    "aten::col2im",
+    "aten::mse_loss",
+    "aten::smooth_l1_loss",
+    "aten::soft_margin_loss",
+}
 
 
 def _convolution(node: Node) -> int:

@@ -293,6 +293,27 @@ def test_eager_adds_gradients_up_in_place(with_workspaces: None) -> None:
     assert planned == pytest.approx(measured, rel=0.001)
 
 
+OPERANDS = torch.ones(64, 8), torch.ones(8, 36)
+LARGER_THAN_IT_LOOKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "binary cross-entropy": lambda y: F.binary_cross_entropy(y.sigmoid(), y.detach().sigmoid()),
+    "mean squared error": lambda y: F.mse_loss(y, y.detach() * 2),
+    "smooth": lambda y: F.smooth_l1_loss(y, y.detach() * 2),
+    "soft margin": lambda y: F.soft_margin_loss(y, y.detach().sign()),
+    "patches": lambda y: F.fold(y[None], 13, 8).sin().sum(),  # that overlap
+    "patches, spread": lambda y: F.fold(y[None], 16, 1, stride=3).sin().sum(),
+}
+
+
+@pytest.mark.parametrize("name", LARGER_THAN_IT_LOOKS)
+def test_results_that_are_larger_than_they_look(name: str) -> None:
+    function = LARGER_THAN_IT_LOOKS[name]
+    joint = joint_graph(lambda m, x, w: function(x @ m.weight @ w), *OPERANDS)
+    larger = [n for n in joint.forward_nodes() if workspace.oversized(n) is not None]
+    assert len(larger) == 1
+    real = kernels.call_of(larger[0])()
+    assert real.untyped_storage().nbytes() == ledger.allocated_for_result(larger[0], real)
+
+
 class Drawing(nn.Module):
     """Takes most memory where dropout runs again."""
 
