@@ -17,10 +17,10 @@ from fxckpt.accounting import Circumstances, Subject, account_of
 from fxckpt.arguments import Call
 from fxckpt.blocks import Blocks
 from fxckpt.budgets import parse_budget
-from fxckpt.capture import capture
 from fxckpt.errors import CaptureError, FxckptError
+from fxckpt.foreseen import foreseen
 from fxckpt.functional import Called, is_checkpointed, module_of
-from fxckpt.installation import installed, original_forward, runner_of
+from fxckpt.installation import installed, runner_of
 from fxckpt.joint import Joint
 from fxckpt.module import rewrite
 from fxckpt.nests import with_nests
@@ -199,9 +199,7 @@ def _of_plain(
         )
     decide = policies.resolve(**given) if given and bytes_of is None else None
     _require_training(module)
-    with torch.enable_grad():
-        tape = capture(original_forward(module), args, kwargs, module=module)
-    joint = tape.joint(tape.expected_backward())
+    joint = foreseen(module, args, kwargs)
     if bytes_of is not None:
         planner = Planner(joint, device=device, seconds=planning_seconds)
         plan = planner.plan(bytes_of(planner.eager_peak))

@@ -6,15 +6,13 @@ import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 from torch._guards import detect_fake_mode
 
 from fxckpt.budgets import parse_budget
-from fxckpt.capture import capture
 from fxckpt.errors import BudgetError, FxckptError
+from fxckpt.foreseen import foreseen
 from fxckpt.frontiers import Frontier
-from fxckpt.installation import original_forward
 from fxckpt.joint import Joint
 from fxckpt.planner import AnyDevice, Planner
 from fxckpt.plans import Plan
@@ -32,7 +30,8 @@ def plan(
 ) -> Plan:
     """What `rewrite(model, budget=budget)` would save and recompute; the model is not run.
 
-    Works on fake tensors, so one can plan for models that do not fit this machine.
+    Works on fake tensors, so one can plan for models that do not fit this machine. Only a model
+    that prepares something at its first call is run, once and without gradients, and put back.
 
     Args:
         model: The module, in training mode; it is left as it is.
@@ -180,6 +179,4 @@ def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         raise FxckptError(f"expected a torch.nn.Module, got {type(model).__name__}")
     if not model.training:
         raise FxckptError("the model is in evaluation mode. Call model.train() first")
-    with torch.enable_grad():
-        tape = capture(original_forward(model), args, kwargs, module=model)
-    return tape.joint(tape.expected_backward())
+    return foreseen(model, args, kwargs)

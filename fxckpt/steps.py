@@ -27,9 +27,10 @@ def backward(results: list[torch.Tensor]) -> None:
 
 
 def devices(model: nn.Module) -> list[torch.device]:
-    """The devices of a model, and the CPU."""
+    """The devices of a model that are there, and the CPU."""
     found = {t.device for t in (*model.parameters(), *model.buffers())}
-    return sorted(found | {torch.device("cpu")}, key=str)
+    there = {d for d in found if d.type == "cpu" or torch.get_device_module(d).is_available()}
+    return sorted(there | {torch.device("cpu")}, key=str)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from torch.utils._device import DeviceContext
 
 from fxckpt import levels
 from fxckpt.arguments import Call
+from fxckpt.budgets import AsPlanned
 from fxckpt.capture import is_capturing
 from fxckpt.captures import Captures, Options
 from fxckpt.errors import CaptureError, FallbackWarning, FxckptError
@@ -144,7 +145,9 @@ class Unit:
         """Runs the original forward, with the parts of the module captured where possible."""
         self.failure, self._may_pass = failure, failure.may_pass
         first = not self._told and self.is_new(failure)
-        with self.parts_in_place(module):
+        # A plan is for the whole, which the next call may capture.
+        waits = failure.may_pass and isinstance(self.options.decide, AsPlanned)
+        with contextlib.nullcontext() if waits else self.parts_in_place(module):
             result = original_forward(module)(*args, **kwargs)  # its own errors come first
         if first:
             _warn(f"{type(module).__name__} {_how_it_runs(self._saving_parts())}", failure)

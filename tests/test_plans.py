@@ -1,5 +1,6 @@
 """Plans as data: written, read, used for the graph that they were made for; batches that fit."""
 
+import copy
 import json
 import re
 import subprocess
@@ -244,3 +245,43 @@ def test_batches_that_cannot_be() -> None:
         fxckpt.fit_batch(lambda n: (torch.ones(n, 16),), model, memory=0.5)
     with pytest.raises(fxckpt.FxckptError, match="to return a tuple of positional"):
         fxckpt.fit_batch(lambda n: torch.ones(n, 16), model, memory="1MiB", device=DEVICE)
+
+
+class Prepares(nn.Module):
+    """Registers a hook at its first call, as transformers does to collect hidden states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ready = False
+        self.layers = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.ready:
+            self.layers[0].register_forward_hook(lambda m, args, out: out.sin())
+            self.ready = True
+        return self.layers(x)
+
+
+def test_what_prepares_itself_is_planned_and_left_as_it_is() -> None:
+    model, x = Prepares(), torch.ones(4, 8, requires_grad=True)
+    contents, before = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    plans = [fxckpt.plan(model, x, budget=0.97) for _ in range(2)]
+    assert plans[0] == plans[1]
+    assert any("sin" in step.name for step in plans[0].steps)
+    report = fxckpt.explain(model, x, budget=0.97)
+    assert report.eager_peak == plans[0].eager_peak
+    assert (model.ready, len(model.layers[0]._forward_hooks), x.grad) == (False, 0, None)
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(map(torch.equal, contents.values(), model.state_dict().values()))
+    lean = fxckpt.rewrite(model, plan=plans[0])
+    for _ in range(3):
+        lean(x).sum().backward()
+    assert captures(lean)
+
+
+def test_what_prepares_itself_is_planned_on_fake_tensors() -> None:
+    with FakeTensorMode():
+        model, x = Prepares(), torch.ones(4, 8)
+    assert fxckpt.plan(model, x, budget=1.0, device="h200").eager_peak > 0
+    assert not model.ready

@@ -113,6 +113,7 @@ LAYERS = (
     "runtime",
     "menu",
     "steps",
+    "foreseen",
     "timeline",
     "signature",
     "budgeting",
