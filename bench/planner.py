@@ -12,7 +12,7 @@ The second table has a plan for exactly the peak of each of several strategies, 
 overhead to theirs, that of the bound (no plan has a lower ratio), and the ratio where regions are
 recomputed to the end. Strategies by name are simulated as `torch.utils.checkpoint` runs them, in
 eager's order of backward: the whole region at once, with early stop, which is its default, and "to
-the end" without. Its measured peaks are up to 7 % above the simulated ones (`tests/test_usual.py`).
+the end" without. Its measured peaks are up to 3 % above the simulated ones (`tests/test_usual.py`).
 The last of the sqrt(n) segments is not recomputed, as in `checkpoint_sequential`. `policy=` are
 fxckpt's own: each value right before it is read.
 

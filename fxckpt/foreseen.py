@@ -10,6 +10,7 @@ from torch import nn
 from fxckpt import tree
 from fxckpt.capture import capture
 from fxckpt.errors import CaptureError
+from fxckpt.holders import Surroundings
 from fxckpt.installation import original_forward
 from fxckpt.joint import Joint
 from fxckpt.state import restored
@@ -36,12 +37,17 @@ def foreseen(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     except CaptureError as error:
         if not error.may_pass:
             raise
+    forward = original_forward(model)
+    around = Surroundings(model, forward)
+    inputs, spec = tree.flatten((args, kwargs), open_objects=True)
+    first_args, first_kwargs = tree.unflatten(spec, [t.detach().clone() for t in inputs])
     with restored(model), undone(model):
-        inputs, spec = tree.flatten((args, kwargs), open_objects=True)
-        first_args, first_kwargs = tree.unflatten(spec, [t.detach().clone() for t in inputs])
-        with torch.no_grad():
-            original_forward(model)(*first_args, **first_kwargs)
-        return _captured(model, args, kwargs)
+        try:
+            with torch.no_grad():
+                forward(*first_args, **first_kwargs)
+            return _captured(model, args, kwargs)
+        finally:
+            around.put_back()
 
 
 def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Joint:

@@ -28,12 +28,13 @@ def held_until_done(backward: Iterable[Node]) -> Iterator[tuple[Node, tuple[Node
     Yields:
         The last operation of a function, and what it reads or is held until then.
     """
-    own = (node for node in backward if not is_sum_of_gradients(node))
-    for task, group in groupby(own, key=lambda node: node.meta.get("task")):
+    functions = (node for node in backward if not is_sum_of_gradients(node))
+    for task, group in groupby(functions, key=lambda node: node.meta.get("task")):
         nodes = [*group]
         made = [n for n in nodes if n.target is not getitem and n.meta.get("alias") is None]
         if task is not None and len(made) > 1:
-            held = [n for node in nodes for n in node.all_input_nodes if n not in nodes]
+            own = {*nodes}
+            held = [n for node in nodes for n in node.all_input_nodes if n not in own]
             yield made[-1], tuple(dict.fromkeys((*made[-1].all_input_nodes, *held)))
 
 

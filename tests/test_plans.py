@@ -247,6 +247,9 @@ def test_batches_that_cannot_be() -> None:
         fxckpt.fit_batch(lambda n: torch.ones(n, 16), model, memory="1MiB", device=DEVICE)
 
 
+CALLS: list[int] = []
+
+
 class Prepares(nn.Module):
     """Registers a hook at its first call, as transformers does to collect hidden states."""
 
@@ -259,6 +262,7 @@ class Prepares(nn.Module):
         if not self.ready:
             self.layers[0].register_forward_hook(lambda m, args, out: out.sin())
             self.ready = True
+            CALLS.append(len(CALLS))
         return self.layers(x)
 
 
@@ -272,12 +276,14 @@ def test_what_prepares_itself_is_planned_and_left_as_it_is() -> None:
     assert report.eager_peak == plans[0].eager_peak
     assert (model.ready, len(model.layers[0]._forward_hooks), x.grad) == (False, 0, None)
     assert all(p.grad is None for p in model.parameters())
+    assert not CALLS
     assert torch.equal(torch.get_rng_state(), before)
     assert all(map(torch.equal, contents.values(), model.state_dict().values()))
     lean = fxckpt.rewrite(model, plan=plans[0])
     for _ in range(3):
         lean(x).sum().backward()
     assert captures(lean)
+    CALLS.clear()
 
 
 def test_what_prepares_itself_is_planned_on_fake_tensors() -> None:
