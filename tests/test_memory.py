@@ -288,8 +288,31 @@ class Selecting(nn.Module):
         return sum((rows[i].sin() for i in range(4)), rows[5]).sum()
 
 
-def test_eager_adds_gradients_up_in_place(with_workspaces: None) -> None:
-    planned, measured, _ = peaks_of_eager(Selecting(), torch.linspace(-1, 1, 400).view(100, 4))
+class Viewing(nn.Module):
+    """Takes most memory where a gradient is added to a view, which is not done in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 256)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        return (y * 2).sum() + (y.view(-1) * 3).sum()
+
+
+class Multiplying(Viewing):
+    """Would take most memory where a gradient is added up if factors of a product were there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        return (y * self.linear(x * 2)).sum() + y.t().sin().sum()
+
+
+@pytest.mark.parametrize("cls", [Selecting, Viewing, Multiplying])
+def test_eager_adds_gradients_up_in_place_unless_they_are_views(
+    cls: type[nn.Module], with_workspaces: None
+) -> None:
+    planned, measured, _ = peaks_of_eager(cls(), torch.linspace(-1, 1, 400).view(100, 4))
     assert planned == pytest.approx(measured, rel=0.001)
 
 
@@ -466,6 +489,9 @@ DELIVERED: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "to be added up": lambda m, x: (x @ m.a).tanh() + x @ m.b + x @ (m.a + 1),
     "to be added up, views": lambda m, x: F.linear(F.linear(x, m.a.t()).tanh(), m.a),
     "to be added up, of one product": lambda m, x: (x[:1] @ torch.cat([m.a, m.a], 1)).exp(),
+    "to be added up, shared": lambda m, x: (
+        x[:1] @ m.a + x[:1] @ (m.a + m.b.view(128, 256).view(256, 128))
+    ),
     "of one product": lambda m, x: (x @ torch.cat([m.a, m.b], 1)).exp(),
 }
 
@@ -481,6 +507,17 @@ def test_copies_of_gradients(name: str, with_workspaces: None) -> None:
         measured.append(most_allocated(lambda each=each: each(x).backward()))
     report = fxckpt.explain(new)
     assert [report.peak, report.eager_peak] == pytest.approx(measured[1:], rel=0.01)
+
+
+def test_sums_of_gradients_are_made_one_after_the_other() -> None:
+    def tied(m: Any, x: Tensor) -> Tensor:
+        pairs = (F.linear(F.linear(x, weight.t()).tanh(), weight) for weight in (m.a, m.b))
+        return sum(pairs, x)
+
+    model, x = Parameters(tied), torch.ones(4, 256)
+    joint = joint_of(fxckpt.rewrite(model, "nothing", strict=True, example_inputs=(x,)))
+    assert [len(joint.grads[name]) for name in "ab"] == [2, 2]
+    assert delivery.delivery(joint) == model.a.nbytes  # each new one makes room for the next
 
 
 # --- what a planner reads -------------------------------------------------------------------------

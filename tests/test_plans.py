@@ -18,6 +18,7 @@ import fxckpt
 from bench.models import build
 from fxckpt import BudgetError, Plan, PolicyError
 from fxckpt.plans import fingerprint
+from fxckpt.steps import devices, undone
 
 DEVICE = "a100"
 
@@ -291,3 +292,12 @@ def test_what_prepares_itself_is_planned_on_fake_tensors() -> None:
         model, x = Prepares(), torch.ones(4, 8)
     assert fxckpt.plan(model, x, budget=1.0, device="h200").eager_peak > 0
     assert not model.ready
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_generators_of_devices_that_are_not_there_are_left_alone() -> None:
+    with FakeTensorMode():
+        model = nn.Module()
+        model.weight = nn.Parameter(torch.empty(2, device="cuda"))
+    with undone(model):
+        assert devices(model) == [torch.device("cpu")]

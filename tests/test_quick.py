@@ -5,11 +5,13 @@ import random
 from typing import Any
 
 import pytest
+import torch
 from helpers import KINDS, MODELS, choice_of, decided, joint_of
 from hypothesis import example, given
 from hypothesis import strategies as st
 from test_random_models import instructions, make_program
 from test_random_models import run as run_program
+from torch import nn
 
 import fxckpt
 from bench.models import build
@@ -44,6 +46,16 @@ def test_models(name: str) -> None:
     assert_agrees(joint, 0, eager=True, outputs_held=False)
     assert_agrees(lean(joint), 1)
     assert_agrees(lean(joint, ~Lean(0)), 2, rounds=3, between=1 << 20)
+
+
+def test_what_is_drawn_again() -> None:
+    """Values that are larger than the states of the generator that it takes."""
+    layers = [each for _ in range(3) for each in (nn.Linear(64, 64), nn.Dropout(0.5), nn.Tanh())]
+    model = fxckpt.rewrite(
+        nn.Sequential(*layers), "nothing", strict=True, example_inputs=(torch.ones(64, 64),)
+    )
+    assert_agrees(joint_of(model), 0)
+    assert_agrees(lean(joint_of(model)), 1)
 
 
 @given(
