@@ -2,41 +2,47 @@
 
 The program of `solve`, with columns and rows of their own for each moment that binds (see
 `waiting`). Chains of operations are followed for `_NEAR` steps back from what is read there; what
-lies behind has not run, unless something at the end of a chain has. Where the bound may be the
-reason that a plan looks poor, they are followed for `_FAR` steps, through all of a layer, and all
-other operations have variables: without them, a fraction of a long chain (the residual stream of a
-transformer) could have run early and be nowhere.
+lies behind has not run, unless something at the end of a chain has. At moments whose bytes have a
+price they are followed for `_FAR` steps, through all of a layer, and all other operations have
+variables: without them, a fraction of a long chain (the residual stream of a transformer) could
+have run early and be nowhere.
 
 Whole numbers are asked for in s(v) alone: the rest is hardly ever a fraction then, and the solution
-is found soon. It is a bound, too, and nearly a plan.
+is found soon. But the moments that have rows are those that fractions do not fit at. So those that
+it does not fit at get rows, too, and it is looked for again, until it is nearly a plan.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from scipy.optimize import LinearConstraint
 from scipy.sparse import csr_matrix
 
 from fxckpt import highs
 from fxckpt.columns import Columns, Rows
 from fxckpt.living import Live
-from fxckpt.solve import Floats, Problem, Solution, sums
+from fxckpt.solve import Floats, Ints, Problem, Solution, sums
 from fxckpt.waiting import Waiting
 
 _NEAR, _FAR = 12, 40
-_MOST_CUTS, _MOST_ROUNDS = 6, 4  # moments that one round adds; with fewer rows a bound is lower
+_MOST_CUTS, _PARTS = 6, 128  # moments that one round adds, and how many parts they are taken from
+_MOST_WORK = 10**8  # entries times iterations, after which there is no further round
 _FEW, _MOST_NODES = 48, 12  # operations that run again, nodes of branching for a sharper bound
-_MOST_FOR_PLANS = 12_000  # entries of a matrix with what lives while something runs again
-_MOST_DEEP_ROUNDS, _MOST_TWICE = 2, 50_000  # with long chains; entries for there to be another one
-_ENOUGH = 3e-3  # of the optimum, that whole numbers may be away from it
+_MOST_BRANCHED = 6  # rounds of whole numbers
+_MOST_ENTRIES = 20_000  # of a matrix, for a sharper bound
+_ENOUGH = 5e-3  # of the optimum, that whole numbers may be away from it
 _GAIN = 1.5e-2  # of the optimum, that a round has to bring for there to be another one
-# Of the budget: what may be over, and what a moment that binds has left.
-_TOLERANCE, _SLACK = 1e-4, 0.01
+# Of the budget: what may be over, what a moment that binds has left, and what is far from fitting.
+_TOLERANCE, _SLACK, _ROUGH = 1e-4, 0.01, 0.1
+_PATIENCE = 2  # solutions in a row that a moment does not bind in, before it is dropped
+_FREE = 1e-7  # of the seconds of what takes longest: a price that is none
 
 Cut = tuple[int, int]  # a moment, and the operation that runs again for it, or -1 (-2: of forward)
+# A matrix, what it times x must not be above, and the costs of x.
+Assembled = tuple[csr_matrix, Floats, Floats]
 
 
 class Exact:
@@ -48,7 +54,7 @@ class Exact:
             optimum is a bound.
 
     Attributes:
-        entries: Of the matrix that whole numbers were looked for last: it takes longer for more.
+        left: Entries of matrices in which whole numbers may still be looked for.
     """
 
     def __init__(self, problem: Problem, *, recomputing: bool = False) -> None:
@@ -56,118 +62,155 @@ class Exact:
         self._columns = Columns(problem)
         self._unit = max(float(problem.backward.max(initial=0.0)), float(problem.sizes.sum()), 1.0)
         self._logic = self._logic_rows()
-        self._known: dict[Cut, Rows] = {}
-        self._cuts: dict[Cut, Rows] = {}  # those that are in use
+        self._known: dict[tuple[Cut, bool], Rows] = {}
+        self._cuts: dict[Cut, bool] = {}  # those in use, and whether chains are followed far
+        self._idle: dict[Cut, int] = {}  # for how many solutions they did not bind
         self._scale = max(float(problem.seconds.max(initial=0.0)), 1e-12)
         self._latest: Any = None
-        self.entries = 0
+        self.left = 0
 
-    def solve(self, budget: float) -> Solution | None:
-        """The optimum for a budget in bytes, with fractions; None if nothing fits."""
-        problem = self.problem
-        if max(problem.forward.max(initial=0.0), problem.backward.max(initial=0.0)) > budget:
-            return None
-        before = 0.0
-        for _ in range(_MOST_ROUNDS):
-            matrix, bounds, objective = self._assembled(budget, self._cuts)
-            found = self._relaxed(matrix, bounds, objective)
-            if found.x is None:
-                return None
-            gains = found.fun > (1 + _GAIN) * before
-            if not gains or not self._cut(found.x[: self._columns.count], budget):
-                break
-            before = found.fun
-        self._latest = found
-        self._keep_tight(matrix @ found.x, bounds - _SLACK * budget / self._unit)
-        return self._solution(found)
-
-    def branched(self, budget: float, most: int) -> Solution | None:
-        """Likewise where each value is saved as a whole, with all that is known of what waits.
-
-        After some branching, the best that is found is returned; its seconds are what no decision
-        can be below.
+    def solve(self, budget: float, enough: float = math.inf) -> Solution | None:
+        """The optimum for a budget in bytes, with fractions; None if nothing fits.
 
         Args:
             budget: Bytes.
-            most: Entries of the matrix: for more of them, as for what fits nowhere, None.
+            enough: Seconds: an optimum of that much, as a bound, need not be higher.
         """
-        if self.solve(budget) is None:
+        problem = self.problem
+        if max(problem.forward.max(initial=0.0), problem.backward.max(initial=0.0)) > budget:
             return None
-        program = self._assembled(budget, self._far(self._cuts))
-        self.entries = program[0].nnz
-        if self.entries > (min(most, _MOST_FOR_PLANS) if self._recomputing else most):
-            return None
-        found = self._branched(*program)
-        return None if found.x is None else self._solution(found, found.mip_dual_bound)
-
-    def sharpened(self, budget: float) -> float | None:
-        """A bound over whole numbers, which is higher; for the budget that was solved for last.
-
-        Where little runs again, it matters that a value is saved as a whole, and is soon found out.
-        Elsewhere, that takes long, and brings less: None.
-        """
-        found, n = self._latest, self._columns.n
-        if found is None:
-            return None
-        runs = found.x[n : n + self._columns.m]
-        if np.count_nonzero(runs > _TOLERANCE) > _FEW:
-            return None
-        found = self._branched(*self._assembled(budget, self._cuts))
-        if found.mip_dual_bound is None:
-            return None
-        return max(float(found.mip_dual_bound) - self._ties(), 0.0) * self._scale
-
-    def deepened(self, budget: float) -> float | None:
-        """A bound that knows more of what waits; for the budget that was solved for last.
-
-        None if there is none: if that was not solved, or nothing fits.
-        """
-        if self._latest is None:
-            return None
-        cuts: dict[Cut, Rows] = {}
-        new = [*self._cuts]
-        for _ in range(_MOST_DEEP_ROUNDS):
-            cuts |= self._far(new)
-            program = self._assembled(budget, cuts)
-            found = self._relaxed(*program)
+        before, work, was_rough, more = 0.0, 0, True, True
+        while more:
+            matrix, bounds, objective = self._assembled(budget)
+            found = highs.relaxed(objective, matrix, bounds)
             if found.x is None:
                 return None
-            new = self._new(found.x[: self._columns.count], budget, cuts)
-            if not new or program[0].nnz > _MOST_TWICE:
-                break
-        return self._solution(found).seconds
+            solution, over = self._solution(found), self._over(found.x, budget)
+            rough = max(over.values(), default=0.0) > _ROUGH * budget
+            work += found.nit * matrix.nnz
+            more = (
+                (rough or was_rough or found.fun > (1 + _GAIN) * before)
+                and solution.seconds < enough
+                and work < _MOST_WORK
+                and self._refine(over, [] if rough else self._binding(found))
+            )
+            before, was_rough = found.fun, rough
+        self._latest = found
+        self._keep_tight(bounds - matrix @ found.x, _SLACK * budget / self._unit)
+        return solution
 
-    def _far(self, cuts: Iterable[Cut]) -> dict[Cut, Rows]:
-        """The rows of all that is known of what waits at some moments."""
-        return {cut: self._rows_of(cut, far=True) for cut in cuts}
+    def branched(self, budget: float, known: float = math.inf) -> Iterator[Solution]:
+        """Solutions where each value is saved as a whole, with the moments of the latest optimum.
 
-    def _keep_tight(self, values: Floats, least: Floats) -> None:
-        """Drops the moments that do not bind; those that were added last are not known yet."""
-        row = len(self._logic.bounds)
-        for cut, rows in [*self._cuts.items()]:
-            row += len(rows.bounds)
-            if row <= len(values) and values[row - 1] < least[row - 1]:
-                del self._cuts[cut]
+        Each fits at the moments that those before did not fit at. They end with one that fits as
+        far as is known, and when no entries are left.
 
-    def _relaxed(self, matrix: csr_matrix, bounds: Floats, objective: Floats) -> Any:
-        return highs.relaxed(objective, matrix, bounds)
+        Args:
+            budget: Bytes.
+            known: Seconds: of what takes longer, nothing is looked for.
+        """
+        for cut in [cut for cut in self._cuts if self._idle[cut]]:
+            self._drop(cut)
+        for _ in range(_MOST_BRANCHED):
+            if self.left <= 0:
+                return
+            program = self._assembled(budget)
+            found = self._branched(program, known)
+            self.left -= program[0].nnz * (1 if found.status == highs.SOLVED else 2)
+            if found.x is None:
+                return
+            yield self._solution(found)
+            if not self._refine(self._over(found.x, budget), []):
+                return
 
-    def _branched(self, matrix: csr_matrix, bounds: Floats, objective: Floats) -> Any:
+    def sharpened(self, budget: float, known: float) -> float | None:
+        """A bound over whole numbers, which is higher; with the moments of the latest optimum.
+
+        None if there is none, and for large programs, for which it takes long.
+
+        Args:
+            budget: Bytes.
+            known: Seconds that a decision takes which fits: the most that the bound can be.
+        """
+        program = self._assembled(budget)
+        if program[0].nnz > _MOST_ENTRIES:
+            return None
+        found = self._branched(program, known, proven=True)
+        if found.status == highs.NOTHING_FITS:
+            return known
+        return None if found.mip_dual_bound is None else self._seconds(found.mip_dual_bound)
+
+    def soon(self) -> bool:
+        """Whether the latest optimum is soon sharpened: where little runs again."""
+        n, m = self._columns.n, self._columns.m
+        return bool(np.count_nonzero(self._latest.x[n : n + m] > _TOLERANCE) <= _FEW)
+
+    def _refine(self, over: dict[Cut, float], binding: list[Cut]) -> bool:
+        """Adds rows for the moments that are over most, and all that is known of those that bind.
+
+        Returns:
+            Whether there are any.
+        """
+        apart = len(self.problem.backward) / _PARTS
+        new: list[Cut] = []
+        for cut in sorted(over, key=lambda cut: (-over[cut], cut)):
+            beside = any(abs(cut[0] - other[0]) < apart for other in new)
+            if not self._cuts.get(cut) and not beside and len(new) < _MOST_CUTS:
+                new.append(cut)
+        more = {cut: cut in self._cuts for cut in new}  # if it has rows, they do not say enough
+        more |= {cut: True for cut in binding if not self._cuts[cut]}
+        self._cuts |= more
+        self._idle |= dict.fromkeys(more, 0)
+        return bool(more)
+
+    def _binding(self, found: Any) -> list[Cut]:
+        """The moments of which a byte more would make the optimum less: by their prices."""
+        prices = -found.ineqlin.marginals[self._last_rows()]
+        return [cut for cut, price in zip(self._cuts, prices, strict=True) if price > _FREE]
+
+    def _last_rows(self) -> Ints:
+        """The numbers of the rows of bytes, of all moments in use."""
+        counts = [len(rows.bounds) for rows in (self._logic, *self._rows())]
+        return np.cumsum(counts, dtype=np.int64)[1:] - 1
+
+    def _rows(self) -> Iterator[Rows]:
+        return (self._rows_of(*cut) for cut in self._cuts.items())
+
+    def _keep_tight(self, left: Floats, slack: float) -> None:
+        """Drops the moments that had more than a little left for some times."""
+        for cut, bytes_ in zip([*self._cuts], left[self._last_rows()], strict=True):
+            self._idle[cut] = 0 if bytes_ <= slack else self._idle[cut] + 1
+            if self._idle[cut] > _PATIENCE:
+                self._drop(cut)
+
+    def _drop(self, cut: Cut) -> None:
+        del self._cuts[cut]
+        self._known.pop((cut, True), None)  # which are many
+
+    def _branched(self, program: Assembled, known: float, *, proven: bool = False) -> Any:
         """Solves for whole numbers in the columns that say what is saved."""
-        nodes = 1 if self._recomputing else _MOST_NODES  # more of them raise the bound alone
-        whole = np.arange(len(objective)) < self._columns.n
-        limits = LinearConstraint(matrix, ub=bounds)
-        # Small programs are as fast without, and print nothing; large ones need it for good plans.
-        presolve = not self._recomputing
-        return highs.branched(objective, limits, whole, nodes=nodes, gap=_ENOUGH, presolve=presolve)
+        matrix, bounds, objective = program
+        return highs.near(
+            objective,
+            matrix,
+            bounds,
+            np.arange(len(objective)) < self._columns.n,
+            nodes=_MOST_NODES if proven else 1,  # more of them raise the bound alone
+            gap=_ENOUGH,
+            least=known / self._scale + self._ties(),
+            proven=proven,
+        )
 
-    def _solution(self, found: Any, bound: float | None = None) -> Solution:
+    def _solution(self, found: Any) -> Solution:
         n, m, x = self._columns.n, self._columns.m, found.x
-        value = float(self._costs(n + 3 * m) @ x[: n + 3 * m]) if bound is None else bound
-        seconds = max(value - self._ties(), 0.0)
         let_go, fleeting = x[n + m : n + 2 * m][self.problem.producer], np.zeros(n)
         fleeting[self._columns.breakable] = x[self._columns.fleeting]
-        return Solution(x[:n], let_go, fleeting, seconds * self._scale)
+        value = float(self._costs(n + 3 * m) @ x[: n + 3 * m])
+        return Solution(x[:n], let_go, fleeting, self._seconds(value))
+
+    def _seconds(self, value: float) -> float:
+        """What a value of the objective is in seconds, at least."""
+        return max(value - self._ties(), 0.0) * self._scale
 
     def _ties(self) -> float:
         """The most that what decides between equals can cost."""
@@ -180,12 +223,12 @@ class Exact:
         costs[:n] = 1e-6 * problem.seconds.sum() / max(problem.sizes.sum(), 1.0) * problem.sizes
         return costs / self._scale
 
-    def _assembled(self, budget: float, cuts: dict[Cut, Rows]) -> tuple[csr_matrix, Floats, Floats]:
+    def _assembled(self, budget: float) -> Assembled:
         """All rows as one matrix, their bounds, and the costs of its columns."""
         i, j, x, bounds = [], [], [], []
         own = self._columns.count
         rows, columns = 0, own
-        for part in (self._logic, *cuts.values()):
+        for part in (self._logic, *self._rows()):
             local = np.array(part.j, dtype=np.int64)
             i.append(np.array(part.i, dtype=np.int64) + rows)
             j.append(np.where(local >= own, local + columns - own, local))
@@ -222,24 +265,10 @@ class Exact:
 
     # -- what lives
 
-    def _cut(self, x: Floats, budget: float) -> bool:
-        """Adds rows for the moments that are over most; whether there are any."""
-        new = self._new(x, budget, self._cuts)
-        for cut in new:
-            if cut not in self._known:
-                self._known[cut] = self._rows_of(cut)
-            self._cuts[cut] = self._known[cut]
-        return bool(new)
-
-    def _new(self, x: Floats, budget: float, cuts: Collection[Cut]) -> list[Cut]:
-        """The moments that are over most, and have no rows."""
-        over = self._over(x, budget)
-        return sorted((c for c in over if c not in cuts), key=lambda c: (-over[c], c))[:_MOST_CUTS]
-
     def _over(self, x: Floats, budget: float) -> dict[Cut, float]:
         """The moments that need more than the budget, and how much."""
         problem, n = self.problem, self._columns.n
-        live = Live(self._columns, x)
+        live = Live(self._columns, x[: self._columns.count])
         ahead = len(problem.forward)
         forward = problem.forward + sums(
             ahead, problem.last + 1, np.full(n, ahead), problem.sizes * x[:n]
@@ -256,8 +285,13 @@ class Exact:
                     found[cut] = bytes_ - budget
         return found
 
-    def _rows_of(self, cut: Cut, *, far: bool = False) -> Rows:
-        """The rows of a moment, that of its bytes last; chains are followed for so many steps."""
+    def _rows_of(self, cut: Cut, far: bool) -> Rows:
+        """The rows of a moment, that of its bytes last."""
+        if (cut, far) not in self._known:
+            self._known[cut, far] = self._made(cut, far)
+        return self._known[cut, far]
+
+    def _made(self, cut: Cut, far: bool) -> Rows:
         moment, operation = cut
         rows, problem = Rows(self._columns.count), self.problem
         if operation == -2:

@@ -31,7 +31,7 @@ from fxckpt.usual import STRATEGIES, Usual, usual
 
 AnyDevice = Device | torch.device | str | None
 _SECONDS_OF_REPLAY = 2e-6  # for each node of a graph, about
-_ENTRIES = 2_900  # for each second, of matrices that whole numbers are looked for in
+_ENTRIES = 9_000  # for each second, of matrices that whole numbers are looked for in
 _PARTS = 32  # see `Search.front`
 _LITTLE = 1e-3  # of the peak, that a leaner graph may need more
 _BEHIND = 1.1  # times what is best: how far a graph may be behind another one

@@ -3,12 +3,11 @@
 NOTE [The search]
 
 Rounded solutions of the linear program (see `solve`) are nearly right: within a few per cent of the
-budget, and of the optimum. Six things make plans of them:
+budget, and of the optimum. Five things make plans of them:
 
     aim lower   if the replay needs more than the budget, the program is solved for less
-    wait        for small graphs, the program is that of `exact`, which knows what waits for what
-    branch      so it is for others, where a gap is left: it is solved for whole numbers, which also
-                raises the bound
+    branch      where a gap is left, the program is that of `exact`, which knows what waits for
+                what, in whole numbers
     repair      as long as a decision is over the budget, give up a value that lives when most does:
                 the one that takes off most for the seconds that it costs
     fill        save what is computed again as long as it still fits, the most seconds for a byte
@@ -25,6 +24,7 @@ numbers of replays and of entries of matrices and not by a clock, so that it is 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -38,7 +38,7 @@ from fxckpt.problems import problem_of
 from fxckpt.solve import Lives, Program, Solution
 
 _ROUNDINGS = (0.999, 0.5, 0.001)  # what counts as saved
-_LESSONS, _AIMS = 4, 8  # how often to learn, and to aim lower
+_LESSONS, _AIMS, _BRANCHED = 4, 8, 2  # how often to learn, and to aim lower
 _SHARES = (1.0, 0.85, 0.7)  # of the budget, that are aimed for from below
 # Times the bound: when to stop, to aim and anneal, and to look from below.
 _BEST, _GOOD, _POOR = 1.02, 1.04, 1.3
@@ -88,9 +88,14 @@ class Search:
     def bound(self, budget: float) -> float | None:
         """Seconds that every decision within a budget takes at least; None if none fits."""
         if budget not in self._bound_of:
-            solution = self._bounds.solve(budget)
+            solution = self._bounds.solve(budget, self._known(budget) / _BEST)
             self._bound_of[budget] = None if solution is None else solution.seconds + self._more
         return self._bound_of[budget]
+
+    def _known(self, budget: float) -> float:
+        """Seconds of the fastest that is known to fit, without what this graph takes longer."""
+        known = self.pool.best(budget)
+        return math.inf if known is None else known.seconds - self._more
 
     def is_behind(self, seconds: float, budget: float) -> bool:
         """Whether the fastest that is known to fit takes longer, or nothing ever will fit."""
@@ -106,17 +111,17 @@ class Search:
 
     def look(self, budget: float) -> Iterator[None]:
         """Looks for decisions within a budget, until one is near the bound; pauses between ways."""
-        if self.bound(budget) is None:
-            return
         for look, near in (
             (self._look_by_learning, _BEST),
-            (self._look_at_few, _GOOD),
             (self._look_by_aiming, _GOOD),
             (self._look_by_branching, _GOOD),
         ):
             self.pool.left = self._replays
             look(budget)
-            self._sharpen(budget)
+            if self.bound(budget) is None:
+                return
+            if self._is_poor(budget, _BEST) and self._bounds.soon():
+                self._sharpen(budget)
             if (known := self.pool.best(budget)) is not None and self._is_poor(budget, _BEST):
                 self._moves.fill(known, budget)
             if not self._is_poor(budget, near) or self._is_hopeless(budget):
@@ -131,14 +136,12 @@ class Search:
             self._moves.anneal(budget)
 
     def _sharpen(self, budget: float) -> None:
-        """Raises the bound where it may be the reason that the best looks poor."""
-        if budget in self._sharpened or self.pool.best(budget) is None:
+        """Raises the bound, once, where it may be the reason that the best looks poor."""
+        if budget in self._sharpened or (known := self._known(budget)) == math.inf:
             return
-        for sharpen in (self._bounds.deepened, self._bounds.sharpened):
-            if self._is_poor(budget, _BEST):
-                self._sharpened.add(budget)
-                if (seconds := sharpen(budget)) is not None:
-                    self._raise_bound(budget, seconds)
+        self._sharpened.add(budget)
+        if (seconds := self._bounds.sharpened(budget, known)) is not None:
+            self._raise_bound(budget, seconds)
 
     def _raise_bound(self, budget: float, seconds: float) -> None:
         self._bound_of[budget] = max(self._bound_of[budget] or 0.0, seconds + self._more)
@@ -152,34 +155,34 @@ class Search:
         bound, known = self.bound(budget), self.pool.best(budget)
         return known is None or bound is None or known.seconds > factor * bound
 
-    def _look_at_few(self, budget: float) -> None:
-        """Solutions that also know what lives while something runs again, for small graphs."""
-        if len(self.memory.values) <= _FEW:
-            self._look_exactly(self._exact, budget)
-
     def _look_by_branching(self, budget: float) -> None:
-        """Solutions of the program whose optimum is a bound, which rises by that."""
-        self._look_exactly(self._bounds, budget)
+        """Solutions that also know what waits, and what lives while something runs again."""
+        self._look_exactly(self._exact, budget, self._entries)
+        if self._is_poor(budget, _GOOD):
+            self._sharpen(budget)
 
-    def _look_exactly(self, program: Exact, budget: float) -> list[Found]:
+    def _look_exactly(self, program: Exact, budget: float, entries: int) -> list[Found]:
         """Solutions that know what waits, and save each value as a whole."""
-        aim, made, left = budget, [], self._entries
-        for _ in range(_AIMS):
-            if (solution := program.branched(aim, left)) is None:
+        aim, made = budget, []
+        program.left = entries
+        for _ in range(_BRANCHED if program.solve(budget) is not None else 0):
+            found = None
+            for solution in program.branched(aim, self._known(budget)):
+                self.pool.left = self._replays
+                found = self.pool.replay(self._rounded(solution, 0.5))
+                made.append(found)
+                if found.peak <= budget:
+                    break
+            if found is None:
                 break
-            if program is self._bounds and aim == budget:
-                self._raise_bound(budget, solution.seconds)
-            left -= program.entries
-            self.pool.left = self._replays
-            found = self.pool.replay(self._rounded(solution, 0.5))
-            made.append(found)
             over = found.peak - budget
-            if over <= 0:
-                break
-            made.append(self._moves.repair(found, budget))
+            if over > 0:
+                made.append(self._moves.repair(found, budget))
             if made[-1].peak <= budget:
                 self._moves.fill(made[-1], budget)
-            aim -= max(0.5 * over, 0.005 * budget)
+            if over <= 0:
+                break
+            aim -= over + 0.001 * budget
         return made
 
     def _look_from_below(self, budget: float) -> None:
@@ -268,7 +271,7 @@ class Search:
                 break
             self.pool.left = self._replays
             middle = (low + high) / 2
-            made = self._look_exactly(program, middle)
+            made = self._look_exactly(program, middle, self._entries // 3)
             better = min(made, key=need, default=found)
             if better.peak < found.peak:
                 found = min(better, self._moves.descend(better, low), key=need)

@@ -39,7 +39,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import LinearConstraint
 from scipy.sparse import csr_matrix, vstack
 
 from fxckpt import highs
@@ -169,7 +168,8 @@ class Solution:
         saved: s(v).
         let_go: g(v).
         fleeting: f(v).
-        seconds: The optimum, or, of a solution without fractions, what it cannot be below.
+        seconds: Of what runs again; of a solution of `exact` without fractions, what no other can
+            be below.
     """
 
     saved: Floats
@@ -219,7 +219,7 @@ class Program:
         self._several = several
         self._scale = max(float(problem.seconds.max(initial=0.0)), 1e-12)
         self._logic, self._logic_bounds = self._logic_rows()
-        self._objective = self._costs()
+        self._objective, self._whole = self._costs(), np.ones(self._columns)
         self._cuts: set[int] = set()  # moments, those of forward first
 
     def lives(self) -> Lives:
@@ -242,39 +242,36 @@ class Program:
         fixed = np.concatenate([problem.forward, problem.backward])
         if fixed.max(initial=0.0) > budget:
             return None
-        for solver in (self._relaxed, self._branched) if whole else (self._relaxed,):
-            while True:
-                chosen = sorted(self._cuts)
-                rows = [self._row(t, lives) / budget for t in chosen]
-                matrix = vstack([self._logic, *rows], format="csr")
-                room = (budget - fixed[chosen]) / budget
-                found = solver(matrix, np.concatenate([self._logic_bounds, room]))
+        while True:
+            chosen = sorted(self._cuts)
+            rows = [self._row(t, lives) / budget for t in chosen]
+            matrix = vstack([self._logic, *rows], format="csr")
+            bounds = np.append(self._logic_bounds, (budget - fixed[chosen]) / budget)
+            found = highs.relaxed(self._objective, matrix, bounds)
+            if found.x is None:
+                return None
+            cut = self._cut(found.x, lives, budget)
+            if whole and not cut:
+                found = highs.near(
+                    self._objective, matrix, bounds, self._whole, nodes=_MOST_NODES, gap=_ENOUGH
+                )
                 if found.x is None:
                     return None
-                if not self._cut(self._live(found.x, lives) - budget, budget):
-                    break
-        return self._solution(found, whole)
+                cut = self._cut(found.x, lives, budget)
+            if not cut:
+                return self._solution(found)
 
-    def _relaxed(self, matrix: csr_matrix, bounds: Floats) -> Any:
-        return highs.relaxed(self._objective, matrix, bounds)
-
-    def _branched(self, matrix: csr_matrix, bounds: Floats) -> Any:
-        limits, whole = LinearConstraint(matrix, ub=bounds), np.ones(self._columns)
-        return highs.branched(self._objective, limits, whole, nodes=_MOST_NODES, gap=_ENOUGH)
-
-    def _solution(self, found: Any, whole: bool) -> Solution:
+    def _solution(self, found: Any) -> Solution:
         again = found.x[self._values : self._values + self._operations]
         seconds = float(self.problem.seconds @ again)
-        if whole:
-            ties = float(self._objective[: self._values].sum())
-            seconds = min(seconds, max(found.mip_dual_bound - ties, 0.0) * self._scale)
         fleeting = np.zeros(self._values)
         fleeting[self._breakable] = found.x[self._fleeting :]
         let_go = found.x[self._let_go : self._fleeting]
         return Solution(found.x[: self._values], let_go, fleeting, seconds)
 
-    def _cut(self, over: Floats, budget: float) -> bool:
+    def _cut(self, x: Floats, lives: Lives, budget: float) -> bool:
         """Adds rows for the moments that are over most; whether there are any."""
+        over = self._live(x, lives) - budget
         left, right = np.append(-np.inf, over[:-1]), np.append(over[1:], -np.inf)
         tops = np.flatnonzero((over > _TOLERANCE * budget) & (over >= left) & (over >= right))
         new = [int(t) for t in tops if int(t) not in self._cuts]

@@ -1,6 +1,7 @@
 """Plans: within the budget, near the bound, never worse than simple strategies, bit-identical."""
 
 import itertools
+import math
 import re
 from unittest import mock
 
@@ -32,10 +33,12 @@ import fxckpt
 from bench.models import build
 from fxckpt import BudgetError, exact, highs, policies, problems
 from fxckpt.budgets import parse_budget
+from fxckpt.columns import Columns, Rows
 from fxckpt.joint import Joint
 from fxckpt.planner import Planner
 from fxckpt.quantities import readable
 from fxckpt.search import Search
+from fxckpt.waiting import Waiting
 
 ROWS, WIDTH = 64, 8
 
@@ -98,9 +101,9 @@ def assert_bounds(joint: Joint) -> None:
         known = planner._searches[0].bound(budget)  # before it is capped by the plan
         near, deep = bounds_of(planner, budget)
         assert near * (1 - 1e-6) <= deep
-        whole = planner._searches[0]._bounds.branched(budget, most=100_000)
-        assert whole is not None
-        for bound in (known or 0.0, near, deep, whole.seconds):
+        whole = planner._searches[0]._bounds.sharpened(budget, 2 * optimum)
+        proof = planner._searches[0]._bounds.sharpened(budget, optimum)
+        for bound in (known or 0.0, near, deep, whole or 0.0, proof or 0.0):
             assert bound <= optimum * (1 + 1e-6) + 1e-12
         assert plan.bound <= optimum * (1 + 1e-6)
         assert plan.seconds <= optimum * (1 + plan.gap) * (1 + 1e-6)
@@ -158,13 +161,22 @@ def test_bound_knows_that_results_take_the_place_of_what_is_let_go() -> None:
 
 
 def bounds_of(planner: Planner, budget: int) -> tuple[float, float]:
-    """The bound of a budget, and the one that follows longer chains."""
-    program = planner._searches[0]._bounds
-    near = program.solve(budget)
-    deep = program.deepened(budget)
+    """The bound of a budget where chains are short, and the one that follows longer chains."""
+    problem = planner._searches[0]._problem
+    with mock.patch.object(exact, "Waiting", short_waiting):
+        near = exact.Exact(problem).solve(budget)
+    deep = exact.Exact(problem).solve(budget)
     assert near is not None
     assert deep is not None
-    return near.seconds, deep
+    return near.seconds, deep.seconds
+
+
+def short_waiting(
+    columns: Columns, rows: Rows, moment: int, _: int, operation: int, *, far: bool
+) -> Waiting:
+    """With short chains whether they are asked for or not."""
+    del far
+    return Waiting(columns, rows, moment, exact._NEAR, operation)
 
 
 def test_longer_chains_raise_the_bound() -> None:
@@ -174,19 +186,21 @@ def test_longer_chains_raise_the_bound() -> None:
     assert near < deep
 
 
-def test_longer_chains_find_moments_that_bind() -> None:
-    """Where those of the shorter ones are not all that matter, as after another budget."""
+def test_moments_that_bind_are_found_and_kept_for_other_budgets() -> None:
     planner = Planner(deep_chain(), device="v100")
-    budget, bounds = planner.memory.fixed.peak * 6 // 5, []
-    for rounds in (1, 2):
-        program = exact.Exact(planner._searches[0]._problem)
-        with (
-            mock.patch.object(exact, "_MOST_ROUNDS", 1),
-            mock.patch.object(exact, "_MOST_DEEP_ROUNDS", rounds),
-        ):
-            program.solve(budget)
-            bounds.append(program.deepened(budget) or 0.0)
-    assert 0 < bounds[0] < bounds[1]
+    low, high = planner.memory.fixed.peak * 6 // 5, planner.eager_peak * 19 // 20
+    program = exact.Exact(planner._searches[0]._problem)
+    with mock.patch.object(exact, "_MOST_WORK", 0):  # one round
+        at_first = program.solve(low)
+    found, other = program.solve(low), program.solve(high)
+    with mock.patch.object(exact, "_MOST_WORK", 0):
+        again = program.solve(low)
+    assert at_first is not None
+    assert found is not None
+    assert other is not None
+    assert again is not None
+    assert at_first.seconds < 0.9 * found.seconds
+    assert again.seconds > 0.999 * found.seconds
 
 
 class Residual(nn.Module):
@@ -220,27 +234,42 @@ def test_no_whole_numbers_are_looked_for_in_large_programs() -> None:
     planner = Planner(deep_chain(), device="v100")
     budget = (planner.least().peak + planner.eager_peak) // 2
     program = exact.Exact(planner._searches[0]._problem)
-    with mock.patch.object(highs, "branched") as branched:
-        assert program.branched(budget, most=1_000) is None
-    assert program.entries > 1_000
+    assert program.solve(budget) is not None
+    with (
+        mock.patch.object(highs, "branched") as branched,
+        mock.patch.object(exact, "_MOST_ENTRIES", 1_000),
+    ):
+        assert program.sharpened(budget, math.inf) is None
+        assert not [*program.branched(budget)]  # no entries are left
     assert not branched.called
 
 
 def test_whole_numbers_raise_the_bound() -> None:
-    """A half of what has to be saved or not is no decision; the plan is what it was."""
-    sharpened = mock.patch.object(exact.Exact, "sharpened", return_value=None)
-    branched = mock.patch.object(exact.Exact, "branched", return_value=None)
+    """A half of what has to be saved or not is no decision."""
     joint = deep_chain()
-    with sharpened:
-        planner = Planner(joint, device="v100")
-        budget = planner.least().peak + (planner.eager_peak - planner.least().peak) // 40
-        whole = planner.plan(budget)
-        with branched:
-            fractions = Planner(joint, device="v100").plan(budget)
+    planner = Planner(joint, device="v100")
+    budget = planner.least().peak + (planner.eager_peak - planner.least().peak) // 40
+    whole = planner.plan(budget)
+    with mock.patch.object(exact.Exact, "sharpened", return_value=None):
+        fractions = Planner(joint, device="v100").plan(budget)
     assert fractions.bound < whole.bound <= whole.seconds <= fractions.seconds
-    solution = planner._searches[0]._bounds.branched(budget, most=100_000)
-    assert solution is not None
-    assert whole.bound >= 0.99 * solution.seconds
+
+
+def test_whole_numbers_get_rows_for_the_moments_that_they_do_not_fit_at() -> None:
+    """Fractions do not fit at other moments."""
+    planner = Planner(deep_chain(), device="v100")
+    search, least = planner._searches[0], planner.least().peak
+    fewer = []
+    for part in range(1, 20):
+        budget = least + (planner.eager_peak - least) * part // 20
+        program = search._exact
+        program.left = 10**6
+        assert program.solve(budget) is not None
+        found = [search.pool.replay(search._rounded(s, 0.5)) for s in program.branched(budget)]
+        if len(found) > 1:
+            fewer.append(found[-1].peak <= found[0].peak)
+    assert fewer
+    assert all(fewer)
 
 
 def test_a_replay_of_much_that_runs_again_counts_as_several() -> None:
