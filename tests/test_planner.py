@@ -31,7 +31,7 @@ from transformers import LlamaConfig, LlamaModel
 
 import fxckpt
 from bench.models import build
-from fxckpt import BudgetError, exact, highs, policies, problems
+from fxckpt import BudgetError, exact, highs, policies, problems, search
 from fxckpt.budgets import parse_budget
 from fxckpt.columns import Columns, Rows
 from fxckpt.joint import Joint
@@ -229,6 +229,32 @@ def test_long_chains_do_not_run_in_fractions() -> None:
     assert 1.005 * near < deep
 
 
+def test_moments_with_a_price_follow_long_chains() -> None:
+    """Even where a solution with short ones fits, as far as is known."""
+    model, x = Residual(24, 16), torch.ones(256, 16)
+    joint = joint_of(fxckpt.rewrite(model, "nothing", strict=True, example_inputs=(x,)))
+    planner = Planner(joint, device="v100")
+    problem, least = planner._searches[0]._problem, planner.least().peak
+    budget = least + (planner.eager_peak - least) * 3 // 8
+    with mock.patch.object(exact.Exact, "_binding", return_value=[]):
+        near = exact.Exact(problem).solve(budget)
+    deep = exact.Exact(problem).solve(budget)
+    assert near is not None
+    assert deep is not None
+    assert 1.005 * near.seconds < deep.seconds
+
+
+def test_moments_of_one_round_are_apart() -> None:
+    program = exact.Exact(Planner(deep_chain(), device="v100")._searches[0]._problem)
+    over = {(moment, -1): 100.0 - moment for moment in range(len(program.problem.backward))}
+    with mock.patch.object(exact, "_PARTS", 16):
+        assert program._refine(over, [])
+    moments = sorted(moment for moment, _ in program._cuts)
+    apart = len(program.problem.backward) / 16
+    assert len(moments) == exact._MOST_CUTS
+    assert min(np.diff(moments)) >= apart > 1
+
+
 def test_no_whole_numbers_are_looked_for_in_large_programs() -> None:
     """That could take minutes."""
     planner = Planner(deep_chain(), device="v100")
@@ -253,6 +279,18 @@ def test_whole_numbers_raise_the_bound() -> None:
     with mock.patch.object(exact.Exact, "sharpened", return_value=None):
         fractions = Planner(joint, device="v100").plan(budget)
     assert fractions.bound < whole.bound <= whole.seconds <= fractions.seconds
+
+
+def test_whole_numbers_raise_the_bound_where_all_else_leaves_a_gap() -> None:
+    joint = deep_chain()
+    bounds = []
+    with mock.patch.object(exact, "_FEW", -1), mock.patch.object(search, "_GOOD", 1.0):
+        planner = Planner(joint, device="v100")
+        budget = planner.least().peak + (planner.eager_peak - planner.least().peak) // 40
+        bounds.append(planner.plan(budget).bound)
+        with mock.patch.object(exact.Exact, "sharpened", return_value=None):
+            bounds.append(Planner(joint, device="v100").plan(budget).bound)
+    assert bounds[0] > bounds[1]
 
 
 def test_whole_numbers_get_rows_for_the_moments_that_they_do_not_fit_at() -> None:
@@ -352,6 +390,30 @@ def test_plans_without_solutions() -> None:
         plan = fxckpt.plan(model, x, budget=0.8, device="v100")
     assert 0 == plan.bound < plan.seconds
     assert plan.peak <= plan.budget
+
+
+@given(st.data())
+def test_whole_numbers_are_found_near_the_optimum(data: st.DataObject) -> None:
+    """Against all of them: what is found fits, and a proof is none for what is not so."""
+    columns = data.draw(st.integers(1, 6))
+    parts = st.sampled_from([0.02, 0.1, 0.3, 0.7, 1.0])
+    costs = np.array(data.draw(st.lists(parts, min_size=columns, max_size=columns)))
+    row = st.lists(parts, min_size=columns, max_size=columns)
+    needs = -np.array(data.draw(st.lists(row, min_size=1, max_size=3)))
+    most = needs.sum(1) * data.draw(st.floats(0.1, 0.9))
+    every = np.array([*itertools.product((0.0, 1.0), repeat=columns)])
+    fitting = every[(every @ needs.T <= most).all(1)]
+    optimum = (fitting @ costs).min()
+    limits = {"whole": np.ones(columns), "nodes": 100, "gap": 0.0}
+    found = highs.near(costs, csr_matrix(needs), most, **limits)
+    assert np.all(needs @ found.x.round() <= most + 1e-6)
+    assert costs @ found.x >= optimum - 1e-6
+    least = optimum * data.draw(st.floats(0.5, 2.0))
+    proof = highs.near(costs, csr_matrix(needs), most, **limits, least=least, proven=True)
+    if proof.status == highs.NOTHING_FITS:
+        assert least <= optimum + 1e-6
+    else:
+        assert min(proof.mip_dual_bound, least) <= optimum + 1e-6
 
 
 def test_what_is_not_solved_to_its_end_is_no_bound() -> None:
