@@ -29,7 +29,7 @@ from fxckpt.waiting import Waiting
 
 _NEAR, _FAR = 12, 40
 _MOST_CUTS, _PARTS = 6, 128  # moments that one round adds, and how many parts they are taken from
-_MOST_WORK = 10**8  # entries times iterations, after which there is no further round
+_MOST_WORK = 3 * 10**8  # entries times iterations, after which there is no further round
 _FEW, _MOST_NODES = 48, 12  # operations that run again, nodes of branching for a sharper bound
 _MOST_BRANCHED = 6  # rounds of whole numbers
 _MOST_ENTRIES = 20_000  # of a matrix, for a sharper bound
@@ -79,6 +79,7 @@ class Exact:
         problem = self.problem
         if max(problem.forward.max(initial=0.0), problem.backward.max(initial=0.0)) > budget:
             return None
+        self._begin(budget)
         before, work, was_rough, more = 0.0, 0, True, True
         while more:
             matrix, bounds, objective = self._assembled(budget)
@@ -151,17 +152,33 @@ class Exact:
         Returns:
             Whether there are any.
         """
-        apart = len(self.problem.backward) / _PARTS
-        new: list[Cut] = []
-        for cut in sorted(over, key=lambda cut: (-over[cut], cut)):
-            beside = any(abs(cut[0] - other[0]) < apart for other in new)
-            if not self._cuts.get(cut) and not beside and len(new) < _MOST_CUTS:
-                new.append(cut)
-        more = {cut: cut in self._cuts for cut in new}  # if it has rows, they do not say enough
+        more = {cut: cut in self._cuts for cut in self._worst(over)}  # rows may not say enough
         more |= {cut: True for cut in binding if not self._cuts[cut]}
         self._cuts |= more
         self._idle |= dict.fromkeys(more, 0)
         return bool(more)
+
+    def _begin(self, budget: float) -> None:
+        """Adds rows for moments that are over if all is saved: those of other budgets may not do.
+
+        What does not fit at them goes elsewhere, a little to each of many moments.
+        """
+        n = self._columns.n
+        saved = np.zeros(self._columns.count)
+        saved[:n] = self._columns.last >= 0
+        new = [cut for cut in self._worst(self._over(saved, budget)) if cut not in self._cuts]
+        self._cuts |= dict.fromkeys(new, False)
+        self._idle |= dict.fromkeys(new, 0)
+
+    def _worst(self, over: dict[Cut, float]) -> list[Cut]:
+        """The moments that are over most, apart from each other, as far as not all is known."""
+        apart = len(self.problem.backward) / _PARTS
+        worst: list[Cut] = []
+        for cut in sorted(over, key=lambda cut: (-over[cut], cut)):
+            beside = any(abs(cut[0] - other[0]) < apart for other in worst)
+            if not self._cuts.get(cut) and not beside and len(worst) < _MOST_CUTS:
+                worst.append(cut)
+        return worst
 
     def _binding(self, found: Any) -> list[Cut]:
         """The moments of which a byte more would make the optimum less: by their prices."""
