@@ -247,6 +247,8 @@ class Builder:
             missing |= bit
             if not piece.decided & bit:
                 stack += variables.reads_again[variables.things[v]]
+                gone = piece.decided | piece.decided >> variables.count
+                stack += [r for r in variables.results.get(v, ()) if not gone >> r & 1]
         left: dict[Any, Node] = {}
         for v in bits(missing):
             if piece.decided >> v & 1:

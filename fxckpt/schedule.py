@@ -14,7 +14,9 @@ whatever it reads and does not have yet:
     anything else       is recomputed: its own inputs first, by the same rule, in forward order
 
 A recomputed value stays for later readers and dies after the last. What nobody reads is never
-recomputed: the last product of a block, for example, is no input of its own backward.
+recomputed: the last product of a block, for example, is no input of its own backward. Of several
+results all that backward reads are taken at once: what is left of them, such as the result of a
+normalization whose statistics alone are read, would live as long as they do.
 
 NOTE [Values that are let go]
 
@@ -187,6 +189,7 @@ class Scheduler:
         self.random = _random_order(forward)
         self.owner = {n: owner_of(n) for n in (*forward, *backward)}
         self.stays = self._direct_readers()
+        self.results = self._results_read()
         self.read_next = self._read_next()
 
     def schedule(self, saved: Collection[Node]) -> Schedule:
@@ -231,6 +234,14 @@ class Scheduler:
                 first, _ = stays.get(owner, (i, i))
                 stays[owner] = first, i
         return stays
+
+    def _results_read(self) -> dict[Node, list[Node]]:
+        """For each operation with several results those that operations of backward read."""
+        found: dict[Node, list[Node]] = {}
+        for value in self.stays:
+            if producer(value) is not value:
+                found.setdefault(producer(value), []).append(value)
+        return found
 
     def _read_next(self) -> list[set[Node]]:
         """For each position in `backward`, the values that the operation after it reads."""
@@ -306,6 +317,7 @@ class _Backward:
             else:
                 stack.extend(scheduler.reads_again[node])
                 stack.extend(n for n in self._together.get(node, ()) if n not in missing)
+                stack.extend(self._kept_results(node))
         left: dict[torch.device, Node] = {}
         for node in sorted(missing, key=scheduler.order):
             if node in arguments:
@@ -315,6 +327,13 @@ class _Backward:
                 if scheduler.owner[node] in self._transient:
                     self._passing.add(node)
         available |= missing
+
+    def _kept_results(self, node: Node) -> Iterator[Node]:
+        """Those of several results that stay for backward, so that the rest need not."""
+        for value in self._scheduler.results.get(node, ()):
+            is_argument = self._scheduler.is_argument(value, self._saved)
+            if value not in self._transient and not is_argument:
+                yield value
 
     def _take(self, node: Node) -> None:
         if node in self._scheduler.written:

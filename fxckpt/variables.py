@@ -36,6 +36,7 @@ class Variables:
         width: For variables that are tuples, how many storages running them again makes.
         drops: For each variable, the set that is gone if it is let go.
         with_siblings: For each, the set of it and what comes out of the same tuple.
+        results: For tuples, what comes out of them and backward reads.
         residuals: For each of backward, what forward hands on for it.
         sources: Likewise the variable of forward that is.
     """
@@ -58,6 +59,9 @@ class Variables:
         self.named = {n: self._results(n) for n, fact in self.facts.items() if fact.runs}
         self.width = {self.of[n]: self._width(n) for n in self.named}
         self.drops, self.with_siblings = self._kin()
+        self.results = {
+            self.of[node]: self.behind_all(results) for node, results in scheduler.results.items()
+        }
         self.residuals, self.sources = self._handed_on()
 
     def _found(self) -> Iterator[Any]:

@@ -1,5 +1,6 @@
 """What runs, what is kept, and what the graphs look like."""
 
+import itertools
 from collections import Counter as Multiset
 
 import pytest
@@ -23,6 +24,8 @@ from torch import Tensor, nn
 import fxckpt
 from bench.models import build
 from fxckpt import ops
+from fxckpt.joint import producer
+from fxckpt.schedule import Scheduler
 
 WIDTH = 512
 MIB = WIDTH * WIDTH * 4  # bytes of one activation of WIDTH rows: everything below counts these
@@ -141,6 +144,20 @@ def test_recomputed_once_for_several_readers() -> None:
     counter = count(rewritten(Function(forward), "nothing", torch.ones(2, 4)), torch.ones(2, 4))
     assert counter["exp"] == 2
     assert counter["sin"] == 2
+
+
+def test_several_results_are_taken_at_once() -> None:
+    """Or what has them all would hold those that nobody reads, until the last is taken."""
+    layers = ([nn.Conv2d(2, 2, 3), nn.BatchNorm2d(2), nn.ReLU()] for _ in range(3))
+    model, x = nn.Sequential(*itertools.chain(*layers)), torch.randn(2, 2, 12, 12)
+    joint = joint_of(rewritten(model, "nothing", x))
+    steps = Scheduler(joint).schedule(()).backward
+    own = {*joint.forward_nodes()}
+    taken = [i for i, step in enumerate(steps) if step in own and producer(step) is not step]
+    assert taken
+    for i in taken:
+        behind = next(step for step in reversed(steps[:i]) if producer(step) is step)
+        assert producer(steps[i]) is behind
 
 
 def test_saved_value_stops_recomputation() -> None:
