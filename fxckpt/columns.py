@@ -10,6 +10,8 @@ import numpy as np
 
 from fxckpt.solve import Problem, at_moments
 
+OFTEN = 8.0  # how often more than three times an operation may run again
+
 
 class Columns:
     """What follows from a problem; moments are those of backward.
@@ -32,6 +34,7 @@ class Columns:
         fleeting: The columns that say that they are.
         gaps: For each moment and each of these, 1 where it is not read.
         given_up: Likewise where it need not be there.
+        often: Where the columns begin that say that an operation runs again more than three times.
         count: Columns.
     """
 
@@ -65,9 +68,14 @@ class Columns:
         self.again[several] = n + 3 * m + np.arange(len(several))
         self.breakable = problem.breakable()
         self.fleeting = n + 3 * m + len(several) + np.arange(len(self.breakable))
-        self.count = n + 3 * m + len(several) + len(self.breakable)
+        self.often = n + 3 * m + len(several) + len(self.breakable)
+        self.count = self.often + m
         self.gaps = at_moments(problem.gaps, self.breakable)
         self.given_up = at_moments(problem.given_up(), self.breakable)
+
+    def runs_when_asked(self, o: int) -> bool:
+        """Whether an operation of which the result was let go runs when that is asked for."""
+        return len(self.results[o]) == 1 and bool(self.asked[o] < len(self.problem.backward))
 
 
 class Rows:

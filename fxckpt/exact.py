@@ -15,25 +15,29 @@ it does not fit at get rows, too, and it is looked for again, until it is nearly
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 from scipy.sparse import csr_matrix
 
 from fxckpt import highs
-from fxckpt.columns import Columns, Rows
+from fxckpt.columns import OFTEN, Columns, Rows
 from fxckpt.living import Live
+from fxckpt.logic import logic, runs
+from fxckpt.running import Running
 from fxckpt.solve import Floats, Ints, Problem, Solution, sums
 from fxckpt.waiting import Waiting
 
 _NEAR, _FAR = 12, 40
 _MOST_CUTS, _PARTS = 6, 128  # moments that one round adds, and how many parts they are taken from
 _MOST_WORK = 3 * 10**8  # entries times iterations, after which there is no further round
-_FEW, _MOST_NODES = 48, 12  # operations that run again, nodes of branching for a sharper bound
+_FEW, _MOST_NODES = 48, 3  # operations that run again, nodes of branching for a sharper bound
+_SMALL, _FEWER = 150, 15_000  # values, entries of moments: all is asked for in whole numbers
 _MOST_BRANCHED = 6  # rounds of whole numbers
-_MOST_ENTRIES = 20_000  # of a matrix, for a sharper bound
+_MOST_ENTRIES = 25_000  # of a matrix, for a sharper bound
 _ENOUGH = 5e-3  # of the optimum, that whole numbers may be away from it
+_HARD = 2e-2  # likewise, that they are away if it took long to find them
 _GAIN = 1.5e-2  # of the optimum, that a round has to bring for there to be another one
 # Of the budget: what may be over, what a moment that binds has left, and what is far from fitting.
 _TOLERANCE, _SLACK, _ROUGH = 1e-4, 0.01, 0.1
@@ -61,7 +65,7 @@ class Exact:
         self.problem, self._recomputing = problem, recomputing
         self._columns = Columns(problem)
         self._unit = max(float(problem.backward.max(initial=0.0)), float(problem.sizes.sum()), 1.0)
-        self._logic = self._logic_rows()
+        self._logic, self._counted = logic(self._columns), runs(self._columns)
         self._known: dict[tuple[Cut, bool], Rows] = {}
         self._cuts: dict[Cut, bool] = {}  # those in use, and whether chains are followed far
         self._idle: dict[Cut, int] = {}  # for how many solutions they did not bind
@@ -112,19 +116,21 @@ class Exact:
         """
         for cut in [cut for cut in self._cuts if self._idle[cut]]:
             self._drop(cut)
+        most = self.left // 2
         for _ in range(_MOST_BRANCHED):
             if self.left <= 0:
                 return
-            program = self._assembled(budget)
+            program = self._assembled(budget, *([self._counted] if self.is_small else []))
             found = self._branched(program, known)
-            self.left -= program[0].nnz * (1 if found.status == highs.SOLVED else 2)
+            is_hard = found.mip_gap is None or found.mip_gap > _HARD
+            self.left -= max(2 * program[0].nnz, most) if is_hard else program[0].nnz
             if found.x is None:
                 return
             yield self._solution(found)
             if not self._refine(self._over(found.x, budget), []):
                 return
 
-    def sharpened(self, budget: float, known: float) -> float | None:
+    def sharpened(self, budget: float, known: float, others: Iterable[Cut] = ()) -> float | None:
         """A bound over whole numbers, which is higher; with the moments of the latest optimum.
 
         None if there is none, and for large programs, for which it takes long.
@@ -132,14 +138,29 @@ class Exact:
         Args:
             budget: Bytes.
             known: Seconds that a decision takes which fits: the most that the bound can be.
+            others: Further moments, see `while_running`.
         """
+        more = dict.fromkeys((cut for cut in others if cut not in self._cuts), True)
         program = self._assembled(budget)
         if program[0].nnz > _MOST_ENTRIES:
             return None
+        if more:
+            self._add(more)
+            program = self._assembled(budget)
         found = self._branched(program, known, proven=True)
         if found.status == highs.NOTHING_FITS:
             return known
         return None if found.mip_dual_bound is None else self._seconds(found.mip_dual_bound)
+
+    def while_running(self) -> list[Cut]:
+        """The moments in use at which something runs again."""
+        return [cut for cut in self._cuts if cut[1] >= 0]
+
+    @property
+    def is_small(self) -> bool:
+        """Whether solutions in whole numbers are found soon."""
+        entries = sum(len(rows.x) for rows in self._rows())
+        return self._columns.n <= _SMALL and entries <= _FEWER
 
     def soon(self) -> bool:
         """Whether the latest optimum is soon sharpened: where little runs again."""
@@ -154,9 +175,12 @@ class Exact:
         """
         more = {cut: cut in self._cuts for cut in self._worst(over)}  # rows may not say enough
         more |= {cut: True for cut in binding if not self._cuts[cut]}
-        self._cuts |= more
-        self._idle |= dict.fromkeys(more, 0)
+        self._add(more)
         return bool(more)
+
+    def _add(self, cuts: dict[Cut, bool]) -> None:
+        self._cuts |= cuts
+        self._idle |= dict.fromkeys(cuts, 0)
 
     def _begin(self, budget: float) -> None:
         """Adds rows for moments that are over if all is saved: those of other budgets may not do.
@@ -167,8 +191,7 @@ class Exact:
         saved = np.zeros(self._columns.count)
         saved[:n] = self._columns.last >= 0
         new = [cut for cut in self._worst(self._over(saved, budget)) if cut not in self._cuts]
-        self._cuts |= dict.fromkeys(new, False)
-        self._idle |= dict.fromkeys(new, 0)
+        self._add(dict.fromkeys(new, False))
 
     def _worst(self, over: dict[Cut, float]) -> list[Cut]:
         """The moments that are over most, apart from each other, as far as not all is known."""
@@ -205,13 +228,14 @@ class Exact:
         self._known.pop((cut, True), None)  # which are many
 
     def _branched(self, program: Assembled, known: float, *, proven: bool = False) -> Any:
-        """Solves for whole numbers in the columns that say what is saved."""
+        """Solves for whole numbers in the columns that say what is saved; if few, in all."""
         matrix, bounds, objective = program
+        whole = self._columns.often if self.is_small else self._columns.n
         return highs.near(
             objective,
             matrix,
             bounds,
-            np.arange(len(objective)) < self._columns.n,
+            np.arange(len(objective)) < whole,
             nodes=_MOST_NODES if proven else 1,  # more of them raise the bound alone
             gap=_ENOUGH,
             least=known / self._scale + self._ties(),
@@ -220,9 +244,10 @@ class Exact:
 
     def _solution(self, found: Any) -> Solution:
         n, m, x = self._columns.n, self._columns.m, found.x
-        let_go, fleeting = x[n + m : n + 2 * m][self.problem.producer], np.zeros(n)
+        once_more = np.maximum(x[n + m : n + 2 * m], x[n + 2 * m : n + 3 * m])
+        let_go, fleeting = once_more[self.problem.producer], np.zeros(n)
         fleeting[self._columns.breakable] = x[self._columns.fleeting]
-        value = float(self._costs(n + 3 * m) @ x[: n + 3 * m])
+        value = float(self._costs(self._columns.count) @ x[: self._columns.count])
         return Solution(x[:n], let_go, fleeting, self._seconds(value))
 
     def _seconds(self, value: float) -> float:
@@ -237,48 +262,31 @@ class Exact:
         problem, n, m = self.problem, self._columns.n, self._columns.m
         costs = np.zeros(columns)
         costs[n : n + 3 * m] = np.tile(problem.seconds, 3)[: max(columns - n, 0)]
+        if columns > self._columns.often:
+            costs[self._columns.often : self._columns.often + m] = OFTEN * problem.seconds
         costs[:n] = 1e-6 * problem.seconds.sum() / max(problem.sizes.sum(), 1.0) * problem.sizes
         return costs / self._scale
 
-    def _assembled(self, budget: float) -> Assembled:
+    def _assembled(self, budget: float, *more: Rows) -> Assembled:
         """All rows as one matrix, their bounds, and the costs of its columns."""
         i, j, x, bounds = [], [], [], []
         own = self._columns.count
         rows, columns = 0, own
-        for part in (self._logic, *self._rows()):
+        moments = [*self._rows()]
+        for part in (self._logic, *more, *moments):
             local = np.array(part.j, dtype=np.int64)
             i.append(np.array(part.i, dtype=np.int64) + rows)
             j.append(np.where(local >= own, local + columns - own, local))
             x.append(np.array(part.x))
             bounds.append(np.array(part.bounds))
             rows, columns = rows + len(part.bounds), columns + part.columns - own
-            if part is not self._logic:
+            if part in moments:
                 bounds[-1][-1] += budget / self._unit  # the last row is that of the bytes
         shape = (rows, columns)
         matrix = csr_matrix(
             (np.concatenate(x), (np.concatenate(i), np.concatenate(j))), shape=shape
         )
         return matrix, np.concatenate(bounds), self._costs(columns)
-
-    def _logic_rows(self) -> Rows:
-        problem, columns = self.problem, self._columns
-        n, m, again = columns.n, columns.m, columns.again
-        rows = Rows(columns.count)
-        for o, operands in enumerate(problem.operands):
-            rows.add([(n + m + o, 1), (n + o, -1)])
-            for u in dict.fromkeys(operands):
-                if problem.producer[u] != o:
-                    rows.add([(n + o, 1), (u, -1), (int(again[u]), -1)])
-        for v in range(n):
-            if columns.last[v] >= 0:
-                rows.add([(v, -1), (int(again[v]), -1)], -1)
-            rows.add([(v, 1), (int(again[v]), 1)], 1)
-        for f, v in zip(columns.fleeting, columns.breakable, strict=True):
-            rows.add([(int(f), 1), (int(again[v]), -1)])
-            rows.add([(int(f), 1), (n + 2 * m + int(problem.producer[v]), -1)])
-        for v in columns.several:
-            rows.add([(int(again[v]), 1), (n + int(problem.producer[v]), -1)])
-        return rows
 
     # -- what lives
 
@@ -316,9 +324,12 @@ class Exact:
             fixed = problem.forward[moment]
             bytes_ = [(int(v), float(problem.sizes[v])) for v in live]
         else:
-            depth = _FAR if far else _NEAR
-            waiting = Waiting(self._columns, rows, moment, depth, operation, far=far)
-            bytes_ = waiting.live() if operation < 0 else waiting.live_while(operation)
+            what = self._columns, rows, moment, _FAR if far else _NEAR
+            if operation < 0:
+                bytes_ = Waiting(*what, far=far).live()
+            else:
+                proven = not self._recomputing
+                bytes_ = Running(*what, operation, far=far).live_while(proven=proven)
             fixed = (problem.backward if operation < 0 else problem.before)[moment]
         rows.add([(int(c), float(b) / self._unit) for c, b in bytes_ if b], -fixed / self._unit)
         return rows

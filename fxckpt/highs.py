@@ -61,7 +61,7 @@ def near(
     """
     found = relaxed(costs, matrix, most)
     if found.x is None:
-        found.mip_dual_bound = None
+        found.mip_dual_bound = found.mip_gap = None
         return found
     limits, rest = LinearConstraint(matrix, ub=most), least - found.fun
     for more in [rest] if proven else sorted({min(_LIKELY, rest), rest}):

@@ -38,20 +38,20 @@ class Live:
     def _waiting(self) -> Floats:
         columns, saved, more = self._columns, self._saved, self._more
         waits = np.zeros((columns.n, self._has_run.shape[1]))
-        for u in range(columns.n - 1, -1, -1):
-            o = int(columns.problem.producer[u])
+        due = np.zeros_like(self._has_run)  # what has to run once more, later
+        for o in range(columns.m - 1, -1, -1):
             until = columns.asked[o]
-            if columns.last[u] >= 0:
-                waits[u, :until] = self._has_run[o, :until] - saved[u] - more[o]
-                continue
-            for c in columns.readers[u]:
-                for v in columns.results[c]:
-                    if columns.last[v] >= 0:
-                        end = min(until, columns.first[v])
-                        needed = self._has_run[c] - saved[v] - waits[v] - saved[u] - more[o]
-                        np.maximum(waits[u, :end], needed[:end], out=waits[u, :end])
-        result: Floats = np.maximum(waits, 0)
-        return result
+            for u in columns.results[o]:
+                if columns.last[u] >= 0:
+                    needed, end = self._has_run[o], int(columns.first[u])
+                    waits[u, :end] = needed[:end] - saved[u] - more[o]
+                else:
+                    readers = [c for c in columns.readers[u] if c != o]
+                    needed, end = due[readers].max(0, initial=0.0), len(waits[u])
+                    waits[u, :until] = needed[:until] - saved[u] - more[o]
+                np.maximum(waits[u], 0, out=waits[u])
+                np.maximum(due[o, :end], (needed - saved[u] - waits[u])[:end], out=due[o, :end])
+        return waits
 
     def _kept_for_later(self) -> Floats:
         columns = self._columns
@@ -61,7 +61,10 @@ class Live:
             for c in columns.readers[v]:
                 end = columns.asked[c]
                 if c != columns.problem.producer[v] and begin < end:
-                    needed = self._run[c] - self._has_run[c, begin:end] - self._again[v]
+                    needed = self._run[c] - self._has_run[c, begin:end]
+                    if columns.runs_when_asked(c):
+                        needed = np.maximum(needed, self._more[c])
+                    needed = needed - self._again[v]
                     np.maximum(kept[v, begin:end], needed, out=kept[v, begin:end])
         return kept
 
@@ -88,10 +91,13 @@ class Live:
                 held += np.where(earlier & (first == k), self._again, 0) + np.where(
                     earlier, self._waits[:, k], 0
                 )
+                free = 0.0  # of what the result may take the place of one
                 for u in problem.operands[o]:
-                    if u != problem.taken[o]:
-                        held[u] = max(held[u], share)
-                made = share * sizes[columns.results[o]].sum()
+                    more = max(share - held[u], 0.0)
+                    held[u] += more
+                    if u in problem.taken[o]:
+                        free = max(free, more * sizes[u])
+                made = share * sizes[columns.results[o]].sum() - free
                 gone = columns.gaps[k] @ self._fleeting
                 yield (k, o), float(problem.before[k] + sizes @ held + made - gone)
 

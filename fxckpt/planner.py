@@ -218,7 +218,7 @@ class Planner:
         while looks:
             looks = {s: look for s, look in looks.items() if next(look, s) is not s}
             best = self._best(budget)
-            if best is not None:
+            if best is not None and not best[0].is_poor(budget):
                 most = _BEHIND * best[1].seconds
                 looks = {s: look for s, look in looks.items() if not s.is_behind(most, budget)}
 

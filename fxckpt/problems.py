@@ -32,7 +32,6 @@ def problem_of(memory: Memory, seconds: dict[Node, float]) -> Problem:
     for node, operation in memory.replaced.items():
         if node in values:
             last[values[node]] = when[operation] - 1
-    taken = {o: values[v] for v, o in memory.replaced.items() if v in values}
     reads = [[values[u] for u in memory.needed_by.get(m.node, ())] for m in backward]
     return Problem(
         np.array([memory.cost[v] for v in values], dtype=float),
@@ -45,7 +44,7 @@ def problem_of(memory: Memory, seconds: dict[Node, float]) -> Problem:
         np.array([m.live for m in forward], dtype=float),
         np.array([m.live for m in backward], dtype=float),
         np.array(memory.fixed_before, dtype=float),
-        [taken.get(o, -1) for o in operations],
+        [[values[v] for v in memory.reinplacer.candidates(o) if v in values] for o in operations],
         _gaps(reads, {values[v] for v in memory.values if _may_be_broken(memory, v)}),
     )
 

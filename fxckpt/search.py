@@ -30,7 +30,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from torch.fx import Node
 
-from fxckpt.exact import Exact
+from fxckpt.exact import Cut, Exact
 from fxckpt.memory import Memory
 from fxckpt.moves import Moves, need
 from fxckpt.pool import Decision, Found, Pool
@@ -43,7 +43,6 @@ _SHARES = (1.0, 0.85, 0.7)  # of the budget, that are aimed for from below
 # Times the bound: when to stop, to aim and anneal, and to look from below.
 _BEST, _GOOD, _POOR = 1.02, 1.04, 1.3
 _ANNEALED = 2  # times the replays of the other ways
-_FEW = 150  # values, for which exact solutions are found soon
 _NEARLY = 0.02  # of what is found to need least: what may be left
 _HALVINGS, _STARTS, _LEASTS = 8, 4, 2  # how to find what needs least
 
@@ -80,7 +79,8 @@ class Search:
         self._exact = Exact(self._problem, recomputing=True)
         self._plans = Program(self._problem.in_two_moments())
         self._bound_of: dict[float, float | None] = {}
-        self._sharpened: set[float] = set()  # budgets whose bound is as high as it gets
+        # Budgets whose bound is as high as it gets, and whether with all moments.
+        self._sharpened: set[tuple[float, bool]] = set()
         self._given: list[Found] = []  # what was to be considered
 
     # -- what is known
@@ -120,27 +120,28 @@ class Search:
             look(budget)
             if self.bound(budget) is None:
                 return
-            if self._is_poor(budget, _BEST) and self._bounds.soon():
+            if self.is_poor(budget, _BEST) and self._bounds.soon():
                 self._sharpen(budget)
-            if (known := self.pool.best(budget)) is not None and self._is_poor(budget, _BEST):
+            if (known := self.pool.best(budget)) is not None and self.is_poor(budget, _BEST):
                 self._moves.fill(known, budget)
-            if not self._is_poor(budget, near) or self._is_hopeless(budget):
+            if not self.is_poor(budget, near) or self._is_hopeless(budget):
                 return
             yield
         self.pool.left = self._replays
-        if self._is_poor(budget, _POOR):
+        if self.is_poor(budget, _POOR):
             self._look_from_below(budget)
         yield
-        if self._is_poor(budget, _GOOD):
+        if self.is_poor(budget, _GOOD):
             self.pool.left = _ANNEALED * self._replays
             self._moves.anneal(budget)
 
-    def _sharpen(self, budget: float) -> None:
+    def _sharpen(self, budget: float, *others: Cut) -> None:
         """Raises the bound, once, where it may be the reason that the best looks poor."""
-        if budget in self._sharpened or (known := self._known(budget)) == math.inf:
+        key = budget, bool(others)
+        if key in self._sharpened or (known := self._known(budget)) == math.inf:
             return
-        self._sharpened.add(budget)
-        if (seconds := self._bounds.sharpened(budget, known)) is not None:
+        self._sharpened.add(key)
+        if (seconds := self._bounds.sharpened(budget, known, others)) is not None:
             self._raise_bound(budget, seconds)
 
     def _raise_bound(self, budget: float, seconds: float) -> None:
@@ -150,7 +151,7 @@ class Search:
         """Whether nothing fits, not even what needs least."""
         return self.pool.best(budget) is None and self.least.peak > budget
 
-    def _is_poor(self, budget: float, factor: float) -> bool:
+    def is_poor(self, budget: float, factor: float = _POOR) -> bool:
         """Whether the best that is known takes much longer than the bound."""
         bound, known = self.bound(budget), self.pool.best(budget)
         return known is None or bound is None or known.seconds > factor * bound
@@ -158,8 +159,8 @@ class Search:
     def _look_by_branching(self, budget: float) -> None:
         """Solutions that also know what waits, and what lives while something runs again."""
         self._look_exactly(self._exact, budget, self._entries)
-        if self._is_poor(budget, _GOOD):
-            self._sharpen(budget)
+        if self.is_poor(budget, _GOOD):
+            self._sharpen(budget, *self._exact.while_running())
 
     def _look_exactly(self, program: Exact, budget: float, entries: int) -> list[Found]:
         """Solutions that know what waits, and save each value as a whole."""
@@ -171,7 +172,7 @@ class Search:
                 self.pool.left = self._replays
                 found = self.pool.replay(self._rounded(solution, 0.5))
                 made.append(found)
-                if found.peak <= budget:
+                if found.peak <= budget and found.seconds - self._more <= _GOOD * solution.seconds:
                     break
             if found is None:
                 break
@@ -266,7 +267,7 @@ class Search:
     def _least_exactly(self, found: Found, low: float) -> Found:
         """Halves what lies between a decision and what none can need less than."""
         program, high = Exact(self._problem, recomputing=True), found.peak
-        for _ in range(_LEASTS if len(self.memory.values) <= _FEW else 0):
+        for _ in range(_LEASTS if program.is_small else 0):
             if high - low <= _NEARLY * high:
                 break
             self.pool.left = self._replays

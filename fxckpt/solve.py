@@ -68,7 +68,7 @@ class Problem:
         forward: Bytes that live at each moment of forward, whatever is decided.
         backward: Likewise.
         before: Likewise right before each moment of backward.
-        taken: For each operation, the operand whose place its result takes; -1 if it takes none.
+        taken: For each operation, the operands of which its result may take the place of one.
         gaps: For each moment of backward the values that could be let go between their readers.
     """
 
@@ -82,7 +82,7 @@ class Problem:
     forward: Floats
     backward: Floats
     before: Floats
-    taken: Sequence[int]
+    taken: Sequence[Sequence[int]]
     gaps: Sequence[Sequence[int]]
 
     def breakable(self) -> list[int]:

@@ -2,7 +2,6 @@
 
 NOTE [What waits]
 
-
 The program of `solve` knows how long a value is read, not how long it waits for that. Both follow
 from what has run again by a moment t of backward, so each moment that binds gets variables of its
 own (of what is far from it, little is to be known):
@@ -12,15 +11,17 @@ own (of what is far from it, little is to be known):
     e(o) >= e(c) - s(u)                     for results u of o that c reads, which has run by then
     e(o) <= sum of e(c) over readers c      nothing runs before it is asked for
     w(u) >= e(o) - s(u) - g(o)              u is read later: it waits, or o runs once more
-    w(u) >= e(c) - s(v) - w(v) - s(u) - g(o)    so it does if c has to run once more to make v
+    q(c) >= e(c) - s(v) - w(v)              c has to run once more to make v, which is read later
+    q(c) >= q(d) - s(v) - w(v)              so it does for d if backward does not read v
+    w(u) >= q(c) - s(u) - g(o)              u, which backward does not read, waits for that
     z(u) >= r(c) - e(c) - (u is computed again)    u is saved for c, which runs later
+    z(u) >= g(c) - (u is computed again)    or once more
     z(u) + w(u) >= r(c) - e(c) - (again, and later than t) - g(o)    or made for it, and waits
     f(v) <= r(o), h(o)                      v is not there between its readers: o runs once more
     y(u) >= f(v) - h(p) - (u is there)      so does p, unless its result u, which o reads, waits
 
 All decisions satisfy these, so the optimum remains a bound, and it is hardly ever below what a
-replay shows. What it does not contain are the bytes while something runs again. A program for plans
-has rows for these too: operands and results of an operation, and all that has run before it.
+replay shows. What they do not contain are the bytes while something runs again, see `running`.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ _CLOSE = 3  # steps back from what is let go between its readers
 class Waiting:
     """The columns and rows of one moment of backward.
 
-    Chains are followed for `depth` steps, and to one operation, if it is not -1. With `far`, what
+    Chains are followed for `depth` steps, and to one operation, if there is one. With `far`, what
     lies behind has variables, too: it is known when it may have run, not when it must have.
     """
 
@@ -49,7 +50,7 @@ class Waiting:
         rows: Rows,
         moment: int,
         depth: int,
-        operation: int,
+        operation: int = -1,
         *,
         far: bool = False,
     ) -> None:
@@ -149,8 +150,8 @@ class Waiting:
         for o in filter(self._is_early, self._chains):
             self._ask_for(o)
             self._wait_for(o)
-        for v in [v for v in self._waits if columns.last[v] >= 0]:
-            self._wait_besides(v)
+        self._wait_for_others()
+        self._wait_besides()
 
     def _ask_for(self, o: int) -> None:
         """Nothing runs before it is asked for."""
@@ -172,20 +173,51 @@ class Waiting:
                     kept = [(u, -1)] if len(columns.results[o]) > 1 else []  # else it is not saved
                     rows.add([(self._run[o], 1), *kept, (more, -1), (self._waits[u], -1)])
 
-    def _wait_besides(self, v: int) -> None:
-        """So does what backward does not read, for a value that is computed once more."""
-        columns, problem, rows = self._columns, self._columns.problem, self._rows
-        c = int(problem.producer[v])
-        for u in dict.fromkeys(problem.operands[c]):
-            if u in self._waits and columns.last[u] < 0:
-                more = columns.n + columns.m + int(problem.producer[u])
-                there = [(u, -1), (more, -1), (self._waits[u], -1)]
-                rows.add([(self._run[c], 1), (v, -1), (self._waits[v], -1), *there])
+    def _wait_for_others(self) -> None:
+        """So does one of several results of which another was read earlier."""
+        columns, moment = self._columns, self._moment
+        for u in columns.several:
+            o = int(columns.problem.producer[u])
+            if not columns.asked[o] <= moment < columns.first[u] or columns.last[u] < 0:
+                continue
+            self._waits[u] = self._rows.column()
+            there = [(u, -1), (columns.n + columns.m + o, -1), (self._waits[u], -1)]
+            for v in columns.results[o]:
+                if columns.first[v] <= moment:
+                    self._rows.add([(v, -1), *there], -1)
 
-    def _kept(self) -> list[tuple[int, float]]:
-        """What is saved and still there."""
+    def _wait_besides(self) -> None:
+        """So does what backward does not read, for what has to run once more."""
+        columns, problem, rows = self._columns, self._columns.problem, self._rows
+        due: dict[int, list[list[tuple[int, float]]]] = {}
+        for c in sorted(filter(self._is_early, self._chains), reverse=True):
+            due[c] = [*self._due(c, due)]
+            for u in dict.fromkeys(problem.operands[c]):
+                if u in self._waits and columns.last[u] < 0:
+                    more = columns.n + columns.m + int(problem.producer[u])
+                    for entries in due[c]:
+                        rows.add([*entries, (u, -1), (more, -1), (self._waits[u], -1)])
+
+    def _due(
+        self, c: int, due: dict[int, list[list[tuple[int, float]]]]
+    ) -> Iterable[list[tuple[int, float]]]:
+        """Sums that are 1 only if an operation has run, and has to run once more, later."""
+        columns, rows, column = self._columns, self._rows, None
+        for v in filter(self._waits.__contains__, columns.results[c]):
+            missing = [(v, -1.0), (self._waits[v], -1.0)]
+            if columns.last[v] >= 0:
+                yield [(self._run[c], 1.0), *missing]
+                continue
+            for entries in (each for d in columns.readers[v] for each in due.get(d, ())):
+                column = rows.column() if column is None else column
+                rows.add([*entries, *missing, (column, -1)])
+        if column is not None:
+            yield [(column, 1.0)]
+
+    def _kept(self) -> dict[int, int]:
+        """The columns of the values that may be saved and still there."""
         columns, rows, sizes = self._columns, self._rows, self._columns.problem.sizes
-        kept = [(int(v), float(sizes[v])) for v in np.flatnonzero(columns.last >= self._moment)]
+        kept = {int(v): int(v) for v in np.flatnonzero(columns.last >= self._moment)}
         for v in map(int, np.flatnonzero((columns.last < self._moment) & (sizes > 0))):
             column, p = None, int(columns.problem.producer[v])
             for c in columns.readers[v]:
@@ -194,10 +226,12 @@ class Waiting:
                 column = rows.column() if column is None else column
                 there = [(int(columns.again[v]), -1.0), (column, -1.0)]
                 rows.add([(columns.n + c, 1), *self._has_run(c), *there])
+                if columns.runs_when_asked(c):
+                    rows.add([(columns.n + columns.m + c, 1), *there])
                 if p in self._run and len(columns.results[p]) == 1:
                     rows.add([(columns.n + c, 1), *self._has_run(c), *there, *self._made(v)])
             if column is not None:
-                kept.append((column, float(sizes[v])))
+                kept[v] = column
         return kept
 
     def _made(self, v: int) -> list[tuple[int, float]]:
@@ -217,8 +251,9 @@ class Waiting:
         read = np.flatnonzero((columns.first <= moment) & (moment <= columns.until))
         again = [(int(columns.again[v]), float(sizes[v])) for v in read]
         waiting = ((w, float(sizes[v])) for v, w in self._waits.items())
+        kept = ((column, float(sizes[v])) for v, column in self._kept().items())
         gone = self._gone(columns.given_up)
-        return [*self._kept(), *again, *waiting, *gone, *self._waiting_for_gone()]
+        return [*kept, *again, *waiting, *gone, *self._waiting_for_gone()]
 
     def _waiting_for_gone(self) -> Iterable[tuple[int, float]]:
         """What waits to make those once more that are let go between their readers."""
@@ -256,34 +291,3 @@ class Waiting:
         columns, gone = self._columns, when[self._moment]
         sizes = columns.problem.sizes[columns.breakable]
         return [(int(columns.fleeting[i]), -float(sizes[i])) for i in np.flatnonzero(gone)]
-
-    def live_while(self, o: int) -> list[tuple[int, float]]:
-        """Likewise while an operation runs again for it."""
-        columns, rows, moment = self._columns, self._rows, self._moment
-        problem, sizes = columns.problem, columns.problem.sizes
-        first, last, again = columns.first, columns.last, columns.again
-        runs = self._run[o]
-        if columns.asked[o] == moment:
-            runs = rows.column()
-            for v in columns.results[o]:
-                if first[v] == moment:
-                    rows.add([(v, -1), (runs, -1)], -1)
-        found = self._kept()
-        operands = set(problem.operands[o])
-        for v in range(columns.n):
-            earlier = problem.producer[v] < o
-            if first[v] < moment <= last[v] or (
-                first[v] == moment and earlier and v not in operands
-            ):
-                found.append((int(again[v]), float(sizes[v])))
-            elif v in operands and sizes[v]:
-                held = rows.column()
-                found.append((held, float(sizes[v])))
-                if v != problem.taken[o]:
-                    rows.add([(runs, 1), (v, -1), (held, -1)])
-                if v in self._waits:
-                    rows.add([(self._waits[v], 1), (held, -1)])
-            elif earlier and v in self._waits:
-                found.append((self._waits[v], float(sizes[v])))
-        found += [(runs, float(sizes[v])) for v in columns.results[o]]
-        return [*found, *self._gone(columns.gaps)]

@@ -1,5 +1,6 @@
 """Plans: within the budget, near the bound, never worse than simple strategies, bit-identical."""
 
+import functools
 import itertools
 import math
 import re
@@ -171,12 +172,10 @@ def bounds_of(planner: Planner, budget: int) -> tuple[float, float]:
     return near.seconds, deep.seconds
 
 
-def short_waiting(
-    columns: Columns, rows: Rows, moment: int, _: int, operation: int, *, far: bool
-) -> Waiting:
+def short_waiting(columns: Columns, rows: Rows, moment: int, _: int, *, far: bool) -> Waiting:
     """With short chains whether they are asked for or not."""
     del far
-    return Waiting(columns, rows, moment, exact._NEAR, operation)
+    return Waiting(columns, rows, moment, exact._NEAR)
 
 
 def test_longer_chains_raise_the_bound() -> None:
@@ -236,12 +235,13 @@ def test_moments_with_a_price_follow_long_chains() -> None:
     planner = Planner(joint, device="v100")
     problem, least = planner._searches[0]._problem, planner.least().peak
     budget = least + (planner.eager_peak - least) * 3 // 8
-    with mock.patch.object(exact.Exact, "_binding", return_value=[]):
-        near = exact.Exact(problem).solve(budget)
-    deep = exact.Exact(problem).solve(budget)
-    assert near is not None
-    assert deep is not None
-    assert 1.005 * near.seconds < deep.seconds
+    far = []
+    for unpriced in (exact.Exact._binding, lambda *_: []):
+        with mock.patch.object(exact.Exact, "_binding", unpriced):
+            program = exact.Exact(problem)
+            assert program.solve(budget) is not None
+        far.append(sum(program._cuts.values()))
+    assert far[0] > far[1]
 
 
 def test_moments_of_one_round_are_apart() -> None:
@@ -308,6 +308,46 @@ def test_whole_numbers_get_rows_for_the_moments_that_they_do_not_fit_at() -> Non
             fewer.append(found[-1].peak <= found[0].peak)
     assert fewer
     assert all(fewer)
+
+
+@functools.cache
+def unet(layers: int) -> Planner:
+    """Of skip connections, for which values run again many times."""
+    case = build("unet", layers=layers, width=16, batch=4, image=64)
+    model = fxckpt.rewrite(case.model, "nothing", strict=True, example_inputs=case.batch(0))
+    return Planner(joint_of(model), device="v100")
+
+
+def within(planner: Planner, tenths: int) -> int:
+    """A budget between what is needed at least, and by eager."""
+    least = planner.least().peak
+    return least + (planner.eager_peak - least) * tenths // 10
+
+
+@pytest.mark.parametrize(("layers", "tenths"), [(2, 1), (2, 2), (2, 3), (3, 2), (3, 3), (3, 4)])
+def test_whole_solutions_come_to_what_they_say(layers: int, tenths: int) -> None:
+    """In bytes and in seconds, also where values run again three times and more."""
+    planner = unet(layers)
+    found, budget = planner._searches[0], within(planner, tenths)
+    program = found._exact
+    program.left = 10**6
+    assert program.solve(budget) is not None
+    *_, solution = program.branched(budget)
+    made = found.pool.replay(found._rounded(solution, 0.5))
+    assert made.peak <= budget
+    assert made.seconds <= 1.04 * solution.seconds
+
+
+def test_what_lives_while_something_runs_again_raises_the_bound() -> None:
+    planner = unet(2)
+    budget = within(planner, 3)
+    known, found = planner.plan(budget).seconds, planner._searches[0]
+    assert found._exact.while_running()
+    without = found._bounds.sharpened(budget, known)
+    bound = found._bounds.sharpened(budget, known, found._exact.while_running())
+    assert bound is not None
+    assert without is not None
+    assert 1.01 * without < bound <= known
 
 
 def test_a_replay_of_much_that_runs_again_counts_as_several() -> None:
