@@ -8,8 +8,10 @@ variables: without them, a fraction of a long chain (the residual stream of a tr
 have run early and be nowhere.
 
 Whole numbers are asked for in s(v) alone: the rest is hardly ever a fraction then, and the solution
-is found soon. But the moments that have rows are those that fractions do not fit at. So those that
-it does not fit at get rows, too, and it is looked for again, until it is nearly a plan.
+is found soon. For small graphs they are asked for in all, and how often operations run again is
+counted (see `logic`), which fractions do not tell of. But the moments that have rows are those that
+fractions do not fit at. So those that it does not fit at get rows, too, and it is looked for again,
+until it is nearly a plan.
 """
 
 from __future__ import annotations
@@ -65,7 +67,7 @@ class Exact:
         self.problem, self._recomputing = problem, recomputing
         self._columns = Columns(problem)
         self._unit = max(float(problem.backward.max(initial=0.0)), float(problem.sizes.sum()), 1.0)
-        self._logic, self._counted = logic(self._columns), runs(self._columns)
+        self._logic = logic(self._columns)
         self._known: dict[tuple[Cut, bool], Rows] = {}
         self._cuts: dict[Cut, bool] = {}  # those in use, and whether chains are followed far
         self._idle: dict[Cut, int] = {}  # for how many solutions they did not bind
@@ -120,7 +122,7 @@ class Exact:
         for _ in range(_MOST_BRANCHED):
             if self.left <= 0:
                 return
-            program = self._assembled(budget, *([self._counted] if self.is_small else []))
+            program = self._assembled(budget, *([runs(self._columns)] if self.is_small else []))
             found = self._branched(program, known)
             is_hard = found.mip_gap is None or found.mip_gap > _HARD
             self.left -= max(2 * program[0].nnz, most) if is_hard else program[0].nnz
@@ -272,15 +274,14 @@ class Exact:
         i, j, x, bounds = [], [], [], []
         own = self._columns.count
         rows, columns = 0, own
-        moments = [*self._rows()]
-        for part in (self._logic, *more, *moments):
+        for place, part in enumerate((self._logic, *more, *self._rows())):
             local = np.array(part.j, dtype=np.int64)
             i.append(np.array(part.i, dtype=np.int64) + rows)
             j.append(np.where(local >= own, local + columns - own, local))
             x.append(np.array(part.x))
             bounds.append(np.array(part.bounds))
             rows, columns = rows + len(part.bounds), columns + part.columns - own
-            if part in moments:
+            if place > len(more):
                 bounds[-1][-1] += budget / self._unit  # the last row is that of the bytes
         shape = (rows, columns)
         matrix = csr_matrix(

@@ -11,25 +11,11 @@ before the moment. For a bound, that is only so if it has not run earlier:
 
 from __future__ import annotations
 
-from fxckpt.columns import Columns, Rows
 from fxckpt.waiting import Waiting
 
 
 class Running(Waiting):
     """The columns and rows of one operation that runs again for a moment: see `Waiting`."""
-
-    def __init__(
-        self,
-        columns: Columns,
-        rows: Rows,
-        moment: int,
-        depth: int,
-        operation: int,
-        *,
-        far: bool = False,
-    ) -> None:
-        super().__init__(columns, rows, moment, depth, operation, far=far)
-        self._operation = operation
 
     def live_while(self, *, proven: bool) -> list[tuple[int, float]]:
         """Columns and bytes of what lives while it runs, besides what lives in any case.

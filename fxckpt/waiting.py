@@ -54,7 +54,8 @@ class Waiting:
         *,
         far: bool = False,
     ) -> None:
-        self._columns, self._rows, self._moment = columns, rows, moment
+        self._columns, self._rows = columns, rows
+        self._moment, self._operation = moment, operation
         # For each operation, the column that says whether it has run.
         self._run = self._near(depth, operation)
         self._chains = dict.fromkeys(self._run)
