@@ -27,6 +27,7 @@ class Columns:
         results: The values that each operation makes.
         readers: The operations that read each value.
         asked: The first moment that reads a result of each operation.
+        latest: The last of the moments that first read what each operation is needed for.
         behind: For each operation those that it depends on, as bits.
         several: The values that are one of several results.
         again: The column that says that a value is computed again.
@@ -58,6 +59,12 @@ class Columns:
         self.asked = np.array(
             [min((self.first[v] for v in r), default=never) for r in self.results]
         )
+        self.latest = np.full(self.m, -1)
+        for o in range(self.m - 1, -1, -1):
+            for v in self.results[o]:
+                asking = [self.latest[c] for c in self.readers[v] if c != o]
+                own = self.first[v] if self.last[v] >= 0 else -1
+                self.latest[o] = max([self.latest[o], own, *asking])
         self.behind: list[int] = []  # for each operation those that it depends on, as bits
         for operands in problem.operands:
             makers = {int(problem.producer[u]) for u in operands}

@@ -27,9 +27,9 @@ from fxckpt import highs
 from fxckpt.columns import OFTEN, Columns, Rows
 from fxckpt.living import Live
 from fxckpt.logic import logic, runs
+from fxckpt.moment import Moment
 from fxckpt.running import Running
 from fxckpt.solve import Floats, Ints, Problem, Solution, sums
-from fxckpt.waiting import Waiting
 
 _NEAR, _FAR = 12, 40
 _MOST_CUTS, _PARTS = 6, 128  # moments that one round adds, and how many parts they are taken from
@@ -246,8 +246,7 @@ class Exact:
 
     def _solution(self, found: Any) -> Solution:
         n, m, x = self._columns.n, self._columns.m, found.x
-        once_more = np.maximum(x[n + m : n + 2 * m], x[n + 2 * m : n + 3 * m])
-        let_go, fleeting = once_more[self.problem.producer], np.zeros(n)
+        let_go, fleeting = x[n + m : n + 2 * m][self.problem.producer], np.zeros(n)
         fleeting[self._columns.breakable] = x[self._columns.fleeting]
         value = float(self._costs(self._columns.count) @ x[: self._columns.count])
         return Solution(x[:n], let_go, fleeting, self._seconds(value))
@@ -294,7 +293,7 @@ class Exact:
     def _over(self, x: Floats, budget: float) -> dict[Cut, float]:
         """The moments that need more than the budget, and how much."""
         problem, n = self.problem, self._columns.n
-        live = Live(self._columns, x[: self._columns.count])
+        live = Live(self._columns, x[: self._columns.count], proven=not self._recomputing)
         ahead = len(problem.forward)
         forward = problem.forward + sums(
             ahead, problem.last + 1, np.full(n, ahead), problem.sizes * x[:n]
@@ -325,12 +324,10 @@ class Exact:
             fixed = problem.forward[moment]
             bytes_ = [(int(v), float(problem.sizes[v])) for v in live]
         else:
-            what = self._columns, rows, moment, _FAR if far else _NEAR
-            if operation < 0:
-                bytes_ = Waiting(*what, far=far).live()
-            else:
-                proven = not self._recomputing
-                bytes_ = Running(*what, operation, far=far).live_while(proven=proven)
+            kind, depth = Moment if operation < 0 else Running, _FAR if far else _NEAR
+            proven = not self._recomputing
+            rows_of = kind(self._columns, rows, moment, depth, operation, far=far, proven=proven)
+            bytes_ = rows_of.live()
             fixed = (problem.backward if operation < 0 else problem.before)[moment]
         rows.add([(int(c), float(b) / self._unit) for c, b in bytes_ if b], -fixed / self._unit)
         return rows

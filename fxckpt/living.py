@@ -11,12 +11,13 @@ from fxckpt.solve import Floats, sums
 
 
 class Live:
-    """The bytes at each moment of backward for a solution: see `waiting`, all chains followed."""
+    """The bytes at each moment of backward for a solution: see `moment`, all chains followed."""
 
-    def __init__(self, columns: Columns, x: Floats) -> None:
+    def __init__(self, columns: Columns, x: Floats, *, proven: bool = True) -> None:
         n, m = columns.n, columns.m
-        self._columns = columns
-        self._saved, self._run, self._more = x[:n], x[n : n + m], x[n + m : n + 2 * m]
+        self._columns, self._proven = columns, proven
+        self._saved, operations = x[:n], x[n : n + 3 * m]
+        self._run, self._more, self._let_go = operations.reshape(3, m)
         self._again = x[columns.again]
         self._fleeting = columns.problem.sizes[columns.breakable] * x[columns.fleeting]
         self._has_run = self._chains()
@@ -54,19 +55,39 @@ class Live:
         return waits
 
     def _kept_for_later(self) -> Floats:
-        columns = self._columns
+        """What waits for what runs later, after backward has read it."""
+        columns, later = self._columns, self._later()
         kept = np.zeros_like(self._waits)
         for v in range(columns.n):
-            begin = columns.last[v] + 1
+            p, last = columns.problem.producer[v], columns.last[v]
+            begin = columns.until[v] + 1  # a result takes its place at the last moment, unless
+            needed = np.zeros_like(kept[v])
             for c in columns.readers[v]:
-                end = columns.asked[c]
-                if c != columns.problem.producer[v] and begin < end:
-                    needed = self._run[c] - self._has_run[c, begin:end]
-                    if columns.runs_when_asked(c):
-                        needed = np.maximum(needed, self._more[c])
-                    needed = needed - self._again[v]
-                    np.maximum(kept[v, begin:end], needed, out=kept[v, begin:end])
-        return kept
+                if c != p:
+                    np.maximum(needed, later[c], out=needed)
+            if len(columns.results[p]) == 1:
+                made = self._has_run[p] - self._more[p] - self._let_go[p] - self._waits[v]
+                needed += np.maximum(made, 0)
+            kept[v, begin:] = (needed - self._again[v])[begin:]
+            kept[v, begin : last + 1] -= self._saved[v]  # counted already
+        return np.maximum(kept, 0)
+
+    def _later(self) -> Floats:
+        """What has yet to run, or to run once more."""
+        columns = self._columns
+        later = np.maximum(self._run[:, None] - self._has_run, 0)
+        for c in range(columns.m - 1, -1, -1):
+            if columns.runs_when_asked(c):
+                before = later[c, : columns.asked[c]]
+                np.maximum(before, self._more[c], out=before)
+            is_one = len(columns.results[c]) == 1
+            for v in columns.results[c] if self._proven and is_one else []:
+                gone = later[c, columns.until[v] + 1 :]
+                for d in columns.readers[v]:
+                    if d != c:
+                        due = later[d, columns.until[v] + 1 :] + self._more[c] - 1
+                        np.maximum(gone, due, out=gone)
+        return later
 
     def backward(self) -> Floats:
         """At each moment."""

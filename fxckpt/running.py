@@ -1,4 +1,4 @@
-"""What lives while an operation runs again for a moment of backward, see `waiting`; pure numbers.
+"""What lives while an operation runs again for a moment of backward, see `moment`; pure numbers.
 
 Operands and results are there, and what has run before it. For plans, it is taken to run right
 before the moment. For a bound, that is only so if it has not run earlier:
@@ -11,23 +11,18 @@ before the moment. For a bound, that is only so if it has not run earlier:
 
 from __future__ import annotations
 
-from fxckpt.waiting import Waiting
+from fxckpt.moment import Moment
 
 
-class Running(Waiting):
+class Running(Moment):
     """The columns and rows of one operation that runs again for a moment: see `Waiting`."""
 
-    def live_while(self, *, proven: bool) -> list[tuple[int, float]]:
-        """Columns and bytes of what lives while it runs, besides what lives in any case.
-
-        Args:
-            proven: Whether it may have run earlier. If not, it is taken to run now, which says
-                more about plans, and too much for a bound.
-        """
+    def live(self) -> list[tuple[int, float]]:
+        """Columns and bytes of what lives while it runs, besides what lives in any case."""
         columns, rows, moment, o = self._columns, self._rows, self._moment, self._operation
         problem, sizes = columns.problem, columns.problem.sizes
         first, last, again = columns.first, columns.last, columns.again
-        runs, kept, replaced = self._runs_now(proven=proven), self._kept(), []
+        runs, kept, replaced = self._runs_now(), self._kept(), []
         found = [(column, float(sizes[v])) for v, column in kept.items()]
         operands = set(problem.operands[o])
         for v in range(columns.n):
@@ -53,14 +48,14 @@ class Running(Waiting):
         found += [(runs, float(sizes[v])) for v in columns.results[o]]
         return [*found, *self._gone(columns.gaps)]
 
-    def _runs_now(self, *, proven: bool) -> int:
+    def _runs_now(self) -> int:
         """The column that says that it runs right before the moment."""
         columns, rows, o = self._columns, self._rows, self._operation
         is_asked = columns.asked[o] == self._moment
-        if not (proven or is_asked):
+        if not (self._proven or is_asked):
             return self._run[o]
         runs = rows.column()
-        before = [(self._before(), -1.0)] if proven else []
+        before = [(self._before(), -1.0)] if self._proven else []
         if not is_asked:
             rows.add([(self._run[o], 1), *before, (runs, -1)])
         for v in columns.results[o]:

@@ -1,4 +1,4 @@
-"""What lives at a moment of backward, as columns and rows of the program of `exact`; pure numbers.
+"""What has run again by a moment of backward, and waits, as columns and rows; pure numbers.
 
 NOTE [What waits]
 
@@ -14,34 +14,28 @@ own (of what is far from it, little is to be known):
     q(c) >= e(c) - s(v) - w(v)              c has to run once more to make v, which is read later
     q(c) >= q(d) - s(v) - w(v)              so it does for d if backward does not read v
     w(u) >= q(c) - s(u) - g(o)              u, which backward does not read, waits for that
-    z(u) >= r(c) - e(c) - (u is computed again)    u is saved for c, which runs later
-    z(u) >= g(c) - (u is computed again)    or once more
-    z(u) + w(u) >= r(c) - e(c) - (again, and later than t) - g(o)    or made for it, and waits
-    f(v) <= r(o), h(o)                      v is not there between its readers: o runs once more
-    y(u) >= f(v) - h(p) - (u is there)      so does p, unless its result u, which o reads, waits
 
-All decisions satisfy these, so the optimum remains a bound, and it is hardly ever below what a
-replay shows. What they do not contain are the bytes while something runs again, see `running`.
+All decisions satisfy these, and those of `moment`, so the optimum remains a bound.
 """
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Iterable
 
 import numpy as np
 
 from fxckpt.columns import Columns, Rows
-from fxckpt.solve import Floats
 
-_CLOSE = 3  # steps back from what is let go between its readers
+Sum = list[tuple[int, float]]  # columns, and by what they are multiplied
 
 
 class Waiting:
     """The columns and rows of one moment of backward.
 
     Chains are followed for `depth` steps, and to one operation, if there is one. With `far`, what
-    lies behind has variables, too: it is known when it may have run, not when it must have.
+    lies behind has variables, too: it is known when it may have run, not when it must have. For
+    what is `proven`, rows hold for all decisions, and say all that is known; plans are found sooner
+    with fewer, where an operation is taken to run when it is asked for.
     """
 
     def __init__(
@@ -53,8 +47,9 @@ class Waiting:
         operation: int = -1,
         *,
         far: bool = False,
+        proven: bool = True,
     ) -> None:
-        self._columns, self._rows = columns, rows
+        self._columns, self._rows, self._proven = columns, rows, proven
         self._moment, self._operation = moment, operation
         # For each operation, the column that says whether it has run.
         self._run = self._near(depth, operation)
@@ -96,7 +91,7 @@ class Waiting:
         columns = self._columns
         return sorted({c for v in columns.results[o] for c in columns.readers[v]} - {o})
 
-    def _has_run(self, o: int) -> list[tuple[int, float]]:
+    def _has_run(self, o: int) -> Sum:
         """Columns of which at least one is 1 if an operation has run, all negative.
 
         What is far away has only run if what leads there from the end of a chain has.
@@ -190,7 +185,7 @@ class Waiting:
     def _wait_besides(self) -> None:
         """So does what backward does not read, for what has to run once more."""
         columns, problem, rows = self._columns, self._columns.problem, self._rows
-        due: dict[int, list[list[tuple[int, float]]]] = {}
+        due: dict[int, list[Sum]] = {}
         for c in sorted(filter(self._is_early, self._chains), reverse=True):
             due[c] = [*self._due(c, due)]
             for u in dict.fromkeys(problem.operands[c]):
@@ -199,9 +194,7 @@ class Waiting:
                     for entries in due[c]:
                         rows.add([*entries, (u, -1), (more, -1), (self._waits[u], -1)])
 
-    def _due(
-        self, c: int, due: dict[int, list[list[tuple[int, float]]]]
-    ) -> Iterable[list[tuple[int, float]]]:
+    def _due(self, c: int, due: dict[int, list[Sum]]) -> Iterable[Sum]:
         """Sums that are 1 only if an operation has run, and has to run once more, later."""
         columns, rows, column = self._columns, self._rows, None
         for v in filter(self._waits.__contains__, columns.results[c]):
@@ -214,81 +207,3 @@ class Waiting:
                 rows.add([*entries, *missing, (column, -1)])
         if column is not None:
             yield [(column, 1.0)]
-
-    def _kept(self) -> dict[int, int]:
-        """The columns of the values that may be saved and still there."""
-        columns, rows, sizes = self._columns, self._rows, self._columns.problem.sizes
-        kept = {int(v): int(v) for v in np.flatnonzero(columns.last >= self._moment)}
-        for v in map(int, np.flatnonzero((columns.last < self._moment) & (sizes > 0))):
-            column, p = None, int(columns.problem.producer[v])
-            for c in columns.readers[v]:
-                if columns.asked[c] <= self._moment or c == p:
-                    continue
-                column = rows.column() if column is None else column
-                there = [(int(columns.again[v]), -1.0), (column, -1.0)]
-                rows.add([(columns.n + c, 1), *self._has_run(c), *there])
-                if columns.runs_when_asked(c):
-                    rows.add([(columns.n + columns.m + c, 1), *there])
-                if p in self._run and len(columns.results[p]) == 1:
-                    rows.add([(columns.n + c, 1), *self._has_run(c), *there, *self._made(v)])
-            if column is not None:
-                kept[v] = column
-        return kept
-
-    def _made(self, v: int) -> list[tuple[int, float]]:
-        """1 if a value that is read later was made, is not let go, and not counted as waiting."""
-        columns = self._columns
-        p = int(columns.problem.producer[v])
-        made = [(self._run[p], 1.0), (columns.n + columns.m + p, -1.0)]
-        if v in columns.breakable:
-            made.append((columns.n + 2 * columns.m + p, -1.0))
-        if v in self._waits:
-            made.append((self._waits[v], -1.0))
-        return made
-
-    def live(self) -> list[tuple[int, float]]:
-        """Columns and bytes of what lives at the moment, besides what lives in any case."""
-        columns, moment, sizes = self._columns, self._moment, self._columns.problem.sizes
-        read = np.flatnonzero((columns.first <= moment) & (moment <= columns.until))
-        again = [(int(columns.again[v]), float(sizes[v])) for v in read]
-        waiting = ((w, float(sizes[v])) for v, w in self._waits.items())
-        kept = ((column, float(sizes[v])) for v, column in self._kept().items())
-        gone = self._gone(columns.given_up)
-        return [*kept, *again, *waiting, *gone, *self._waiting_for_gone()]
-
-    def _waiting_for_gone(self) -> Iterable[tuple[int, float]]:
-        """What waits to make those once more that are let go between their readers."""
-        columns, rows, t = self._columns, self._rows, self._moment
-        problem, h = columns.problem, columns.n + 2 * columns.m
-        fleeting = zip(columns.breakable, columns.fleeting, strict=True)
-        stack = [(v, v, int(f), _CLOSE) for v, f in fleeting if v in problem.gaps[t]]
-        while stack:
-            v, made, runs, steps = stack.pop()
-            until = columns.reads[v][bisect.bisect(columns.reads[v], t)]
-            for u in dict.fromkeys(problem.operands[problem.producer[made]]):
-                p, reads = int(problem.producer[u]), columns.reads[u]
-                comes = bisect.bisect(reads, t) < bisect.bisect(reads, until)
-                if comes or p == problem.producer[made]:
-                    continue  # it is made for something else
-                waits, more = rows.column(), rows.column()
-                rows.add([(runs, 1), (waits, -1), (more, -1), *self._there(u)])
-                rows.add([(more, 1), (h + p, -1)])
-                if steps > 1:
-                    stack.append((v, u, more, steps - 1))
-                yield waits, float(problem.sizes[u])
-
-    def _there(self, u: int) -> list[tuple[int, float]]:
-        """Columns of which at least one is 1 if a value is counted already, all negative."""
-        columns, moment = self._columns, self._moment
-        there = [(self._waits[u], -1.0)] if u in self._waits else []
-        if columns.last[u] >= moment:
-            there.append((u, -1.0))
-        if columns.first[u] <= moment <= columns.until[u]:
-            there.append((int(columns.again[u]), -1.0))
-        return there
-
-    def _gone(self, when: Floats) -> list[tuple[int, float]]:
-        """What is let go between its readers."""
-        columns, gone = self._columns, when[self._moment]
-        sizes = columns.problem.sizes[columns.breakable]
-        return [(int(columns.fleeting[i]), -float(sizes[i])) for i in np.flatnonzero(gone)]

@@ -36,10 +36,10 @@ from fxckpt import BudgetError, exact, highs, policies, problems, search
 from fxckpt.budgets import parse_budget
 from fxckpt.columns import Columns, Rows
 from fxckpt.joint import Joint
+from fxckpt.moment import Moment
 from fxckpt.planner import Planner
 from fxckpt.quantities import readable
 from fxckpt.search import Search
-from fxckpt.waiting import Waiting
 
 ROWS, WIDTH = 64, 8
 
@@ -164,7 +164,7 @@ def test_bound_knows_that_results_take_the_place_of_what_is_let_go() -> None:
 def bounds_of(planner: Planner, budget: int) -> tuple[float, float]:
     """The bound of a budget where chains are short, and the one that follows longer chains."""
     problem = planner._searches[0]._problem
-    with mock.patch.object(exact, "Waiting", short_waiting):
+    with mock.patch.object(exact, "Moment", short):
         near = exact.Exact(problem).solve(budget)
     deep = exact.Exact(problem).solve(budget)
     assert near is not None
@@ -172,10 +172,9 @@ def bounds_of(planner: Planner, budget: int) -> tuple[float, float]:
     return near.seconds, deep.seconds
 
 
-def short_waiting(columns: Columns, rows: Rows, moment: int, _: int, *, far: bool) -> Waiting:
+def short(columns: Columns, rows: Rows, moment: int, *_: int, **__: bool) -> Moment:
     """With short chains whether they are asked for or not."""
-    del far
-    return Waiting(columns, rows, moment, exact._NEAR)
+    return Moment(columns, rows, moment, exact._NEAR)
 
 
 def test_longer_chains_raise_the_bound() -> None:
@@ -332,10 +331,14 @@ def test_whole_solutions_come_to_what_they_say(layers: int, tenths: int) -> None
     program = found._exact
     program.left = 10**6
     assert program.solve(budget) is not None
-    *_, solution = program.branched(budget)
-    made = found.pool.replay(found._rounded(solution, 0.5))
-    assert made.peak <= budget
-    assert made.seconds <= 1.04 * solution.seconds
+    with mock.patch.object(program, "_over", wraps=program._over) as over:
+        solutions = [*program.branched(budget)]
+    assert solutions
+    for solution, call in zip(solutions, over.call_args_list, strict=True):
+        made = found.pool.replay(found._rounded(solution, 0.5))
+        said = max(program._over(*call.args).values(), default=0.0)
+        assert max(made.peak - budget, 0) == pytest.approx(said, abs=0.01 * budget)
+        assert made.seconds <= 1.04 * solution.seconds
 
 
 def test_what_lives_while_something_runs_again_raises_the_bound() -> None:

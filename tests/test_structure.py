@@ -90,6 +90,7 @@ LAYERS = (
     "columns",
     "logic",
     "waiting",
+    "moment",
     "running",
     "living",
     "exact",
