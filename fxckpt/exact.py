@@ -38,7 +38,7 @@ _FEW, _MOST_NODES = 48, 3  # operations that run again, nodes of branching for a
 _SMALL, _FEWER = 150, 15_000  # values, entries of moments: all is asked for in whole numbers
 _MOST_BRANCHED = 6  # rounds of whole numbers
 _MOST_ENTRIES = 25_000  # of a matrix, for a sharper bound
-_ENOUGH = 5e-3  # of the optimum, that whole numbers may be away from it
+_ENOUGH = 5e-3  # of the optimum, see `Exact`
 _HARD = 2e-2  # likewise, that they are away if it took long to find them
 _GAIN = 1.5e-2  # of the optimum, that a round has to bring for there to be another one
 # Of the budget: what may be over, what a moment that binds has left, and what is far from fitting.
@@ -58,13 +58,16 @@ class Exact:
         problem: The numbers.
         recomputing: Whether to count what lives while something runs again: for plans. If not, the
             optimum is a bound.
+        gap: Of the optimum, that whole numbers may be away from it.
 
     Attributes:
         left: Entries of matrices in which whole numbers may still be looked for.
     """
 
-    def __init__(self, problem: Problem, *, recomputing: bool = False) -> None:
-        self.problem, self._recomputing = problem, recomputing
+    def __init__(
+        self, problem: Problem, *, recomputing: bool = False, gap: float = _ENOUGH
+    ) -> None:
+        self.problem, self._recomputing, self._gap = problem, recomputing, gap
         self._columns = Columns(problem)
         self._unit = max(float(problem.backward.max(initial=0.0)), float(problem.sizes.sum()), 1.0)
         self._logic = logic(self._columns)
@@ -124,7 +127,7 @@ class Exact:
                 return
             program = self._assembled(budget, *([runs(self._columns)] if self.is_small else []))
             found = self._branched(program, known)
-            is_hard = found.mip_gap is None or found.mip_gap > _HARD
+            is_hard = found.mip_gap is None or found.mip_gap > max(_HARD, self._gap)
             self.left -= max(2 * program[0].nnz, most) if is_hard else program[0].nnz
             if found.x is None:
                 return
@@ -239,7 +242,7 @@ class Exact:
             bounds,
             np.arange(len(objective)) < whole,
             nodes=_MOST_NODES if proven else 1,  # more of them raise the bound alone
-            gap=_ENOUGH,
+            gap=self._gap,
             least=known / self._scale + self._ties(),
             proven=proven,
         )

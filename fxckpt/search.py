@@ -44,6 +44,7 @@ _SHARES = (1.0, 0.85, 0.7)  # of the budget, that are aimed for from below
 _BEST, _GOOD, _POOR = 1.02, 1.04, 1.3
 _ANNEALED = 2  # times the replays of the other ways
 _NEARLY = 0.02  # of what is found to need least: what may be left
+_ANY = 1.0  # of the optimum, that a solution may be away from it which is to fit
 _HALVINGS, _STARTS, _LEASTS = 8, 4, 2  # how to find what needs least
 
 
@@ -266,7 +267,7 @@ class Search:
 
     def _least_exactly(self, found: Found, low: float) -> Found:
         """Halves what lies between a decision and what none can need less than."""
-        program, high = Exact(self._problem, recomputing=True), found.peak
+        program, high = Exact(self._problem, recomputing=True, gap=_ANY), found.peak
         for _ in range(_LEASTS if program.is_small else 0):
             if high - low <= _NEARLY * high:
                 break
@@ -276,6 +277,8 @@ class Search:
             better = min(made, key=need, default=found)
             if better.peak < found.peak:
                 found = min(better, self._moves.descend(better, low), key=need)
+            elif made:
+                break  # what fits as far as is known does not
             low, high = (low, found.peak) if found.peak <= middle else (middle, high)
         return found
 

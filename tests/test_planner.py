@@ -233,14 +233,13 @@ def test_moments_with_a_price_follow_long_chains() -> None:
     joint = joint_of(fxckpt.rewrite(model, "nothing", strict=True, example_inputs=(x,)))
     planner = Planner(joint, device="v100")
     problem, least = planner._searches[0]._problem, planner.least().peak
-    budget = least + (planner.eager_peak - least) * 3 // 8
-    far = []
-    for unpriced in (exact.Exact._binding, lambda *_: []):
-        with mock.patch.object(exact.Exact, "_binding", unpriced):
-            program = exact.Exact(problem)
-            assert program.solve(budget) is not None
-        far.append(sum(program._cuts.values()))
-    assert far[0] > far[1]
+    budget = least + (planner.eager_peak - least) // 4
+    with mock.patch.object(exact.Exact, "_binding", return_value=[]):
+        near = exact.Exact(problem).solve(budget)
+    deep = exact.Exact(problem).solve(budget)
+    assert near is not None
+    assert deep is not None
+    assert 1.005 * near.seconds < deep.seconds
 
 
 def test_moments_of_one_round_are_apart() -> None:
