@@ -33,7 +33,7 @@ from fxckpt.solve import Floats, Ints, Problem, Solution, sums
 
 _NEAR, _FAR = 12, 40
 _MOST_CUTS, _PARTS = 6, 128  # moments that one round adds, and how many parts they are taken from
-_MOST_WORK = 3 * 10**8  # entries times iterations, after which there is no further round
+_MOST_WORK = 5 * 10**8  # entries times iterations, after which there is no further round
 _FEW, _MOST_NODES = 48, 3  # operations that run again, nodes of branching for a sharper bound
 _SMALL, _FEWER = 150, 15_000  # values, entries of moments: all is asked for in whole numbers
 _MOST_BRANCHED = 6  # rounds of whole numbers
@@ -62,6 +62,7 @@ class Exact:
 
     Attributes:
         left: Entries of matrices in which whole numbers may still be looked for.
+        counting: Whether it is counted how often operations run again, for whole numbers.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class Exact:
         self._idle: dict[Cut, int] = {}  # for how many solutions they did not bind
         self._scale = max(float(problem.seconds.max(initial=0.0)), 1e-12)
         self._latest: Any = None
-        self.left = 0
+        self.left, self.counting = 0, False
 
     def solve(self, budget: float, enough: float = math.inf) -> Solution | None:
         """The optimum for a budget in bytes, with fractions; None if nothing fits.
@@ -125,7 +126,8 @@ class Exact:
         for _ in range(_MOST_BRANCHED):
             if self.left <= 0:
                 return
-            program = self._assembled(budget, *([runs(self._columns)] if self.is_small else []))
+            counted = [runs(self._columns)] if self.is_small or self.counting else []
+            program = self._assembled(budget, *counted)
             found = self._branched(program, known)
             is_hard = found.mip_gap is None or found.mip_gap > max(_HARD, self._gap)
             self.left -= max(2 * program[0].nnz, most) if is_hard else program[0].nnz

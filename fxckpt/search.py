@@ -43,6 +43,7 @@ _SHARES = (1.0, 0.85, 0.7)  # of the budget, that are aimed for from below
 # Times the bound: when to stop, to aim and anneal, and to look from below.
 _BEST, _GOOD, _POOR = 1.02, 1.04, 1.3
 _ANNEALED = 2  # times the replays of the other ways
+_TOLD = 1.02  # times the seconds of a solution: what its replay may take
 _NEARLY = 0.02  # of what is found to need least: what may be left
 _ANY = 1.0  # of the optimum, that a solution may be away from it which is to fit
 _HALVINGS, _STARTS, _LEASTS = 8, 4, 2  # how to find what needs least
@@ -166,25 +167,27 @@ class Search:
     def _look_exactly(self, program: Exact, budget: float, entries: int) -> list[Found]:
         """Solutions that know what waits, and save each value as a whole."""
         aim, made = budget, []
-        program.left = entries
+        program.left, program.counting = entries, False
         for _ in range(_BRANCHED if program.solve(budget) is not None else 0):
-            found = None
+            found, is_told = None, True
             for solution in program.branched(aim, self._known(budget)):
                 self.pool.left = self._replays
                 found = self.pool.replay(self._rounded(solution, 0.5))
                 made.append(found)
-                if found.peak <= budget and found.seconds - self._more <= _GOOD * solution.seconds:
+                is_told = found.seconds - self._more <= _TOLD * solution.seconds
+                if found.peak <= budget and is_told:
                     break
             if found is None:
                 break
             over = found.peak - budget
             if over > 0:
                 made.append(self._moves.repair(found, budget))
+                aim -= over + 0.001 * budget
             if made[-1].peak <= budget:
                 self._moves.fill(made[-1], budget)
-            if over <= 0:
+            if over <= 0 and is_told:
                 break
-            aim -= over + 0.001 * budget
+            program.counting = not is_told
         return made
 
     def _look_from_below(self, budget: float) -> None:

@@ -340,6 +340,18 @@ def test_whole_solutions_come_to_what_they_say(layers: int, tenths: int) -> None
         assert made.seconds <= 1.04 * solution.seconds
 
 
+@pytest.mark.parametrize("is_told", [True, False])
+def test_runs_are_counted_where_a_replay_takes_longer(is_told: bool) -> None:
+    """Than the solution of a large program said, which does not know how often they run."""
+    planner = unet(2)
+    told = math.inf if is_told else 0.0
+    with mock.patch.object(search, "_TOLD", told), mock.patch.object(exact, "_SMALL", 0):
+        found = Search(planner.memory, planner.seconds, replays=100, entries=10**6)
+        with mock.patch.object(exact, "runs", wraps=exact.runs) as runs:
+            assert found._look_exactly(found._exact, within(planner, 3), 10**6)
+    assert runs.called != is_told
+
+
 def test_what_lives_while_something_runs_again_raises_the_bound() -> None:
     planner = unet(2)
     budget = within(planner, 3)
