@@ -336,6 +336,7 @@ def test_whole_solutions_come_to_what_they_say(layers: int, tenths: int) -> None
     for solution, call in zip(solutions, over.call_args_list, strict=True):
         made = found.pool.replay(found._rounded(solution, 0.5))
         said = max(program._over(*call.args).values(), default=0.0)
+        assert (made.peak <= budget) == (not said)
         assert max(made.peak - budget, 0) == pytest.approx(said, abs=0.01 * budget)
         assert made.seconds <= 1.04 * solution.seconds
 
